@@ -1,0 +1,1 @@
+"""Text in, packed rows out: segmentation, tokeniser, layout, shards, order, stream."""

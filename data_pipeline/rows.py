@@ -1,0 +1,120 @@
+"""Row plans on disk, and rows read by them: a row's documents, and its two streams."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.errors import ShardError
+from data_pipeline.files import replace_file, whole_file
+from data_pipeline.layout import CharPositions, Piece, Slots, lay_out, pack
+from data_pipeline.ordering import Order, RowAddress, row_random
+from data_pipeline.packing import RowPlan, plan_rows
+from data_pipeline.shards import Manifest, ShardReader
+from data_pipeline.tokenizer import MixedTokenizer
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How a row is laid out: its slots, the char positions, and the largest random shift of places."""
+
+    row_tokens: int
+    row_chars: int
+    char_positions: CharPositions = "mirrored"
+    place_shift: int = 0
+
+
+def plan_folder(manifest: Manifest, row_tokens: int, row_chars: int) -> Path:
+    """Where the row plan for these slots is stored."""
+    return manifest.folder / f"rows-{row_tokens}x{row_chars}"
+
+
+def write_row_plan(manifest: Manifest, row_tokens: int, row_chars: int) -> None:
+    """Plan the rows of every shard and store the plan beside the shards; `plan.json` is written last.
+
+    Raises:
+        ShardError: a block does not fit in a row.
+    """
+    folder = plan_folder(manifest, row_tokens, row_chars)
+    rows: dict[str, list[int]] = {}
+    for split in manifest.content["splits"]:
+        rows[split] = []
+        for shard in manifest.shards(split):
+            plan = plan_rows(manifest.lengths(shard), row_tokens, row_chars, shard["name"])
+            with whole_file(folder / f"{shard['name']}.npz") as file:
+                np.savez_compressed(file, **vars(plan))
+            rows[split].append(plan.rows)
+    content = {"manifest": manifest.hash, "row_tokens": row_tokens, "row_chars": row_chars, "rows": rows}
+    replace_file(folder / "plan.json", json.dumps(content).encode())
+
+
+def planned_rows(manifest: Manifest, row_tokens: int, row_chars: int) -> dict[str, list[int]]:
+    """Rows of every shard by split, from the stored plan.
+
+    Raises:
+        ShardError: there is no plan for these slots, or it belongs to other shards.
+    """
+    path = plan_folder(manifest, row_tokens, row_chars) / "plan.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        raise ShardError(f"{path}: no row plan for {row_tokens}x{row_chars} slots; run `tidal plan-rows`") from None
+    if content["manifest"] != manifest.hash:
+        raise ShardError(f"{path}: the row plan belongs to other shards; remove {path.parent} and plan again")
+    return content["rows"]
+
+
+class RowReader:
+    """Reads rows of one split: addresses in, streams out. Keeps the last few shards open."""
+
+    def __init__(self, manifest: Manifest, split: str, tokenizer: MixedTokenizer, row_format: RowFormat, seed: int):
+        self._manifest, self._split, self._format, self._seed = manifest, split, row_format, seed
+        self._byte_lengths = tokenizer.byte_lengths
+        self.shard_rows = tuple(planned_rows(manifest, row_format.row_tokens, row_format.row_chars)[split])
+        self._open: Callable[[int], tuple[ShardReader, RowPlan]] = lru_cache(maxsize=16)(self._open_shard)
+
+    def _open_shard(self, shard: int) -> tuple[ShardReader, RowPlan]:
+        entry = self._manifest.shards(self._split)[shard]
+        path = plan_folder(self._manifest, self._format.row_tokens, self._format.row_chars) / f"{entry['name']}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                plan = RowPlan(**arrays)
+        except (OSError, ValueError, TypeError) as error:
+            raise ShardError(f"{path}: cannot read the row plan ({error}); remove its folder and plan again") from None
+        return ShardReader(self._manifest.folder, entry), plan
+
+    def pieces(self, address: RowAddress) -> list[Piece]:
+        """The pieces of documents that a row holds."""
+        reader, plan = self._open(address.shard)
+        return [reader.piece(*piece) for piece in plan.pieces(address.row)]
+
+    def row(self, address: RowAddress, g: int | None) -> tuple[Slots, Slots, np.ndarray]:
+        """One row's tokens (T,), chars (C,) and labels (C,); `g` seeds the shift of places, None means no shift."""
+        rng = row_random(self._seed, g) if g is not None and self._format.place_shift else None
+        laid_out = [
+            lay_out(
+                piece,
+                self._byte_lengths,
+                self._format.char_positions,
+                rng.randint(0, self._format.place_shift) if rng else 0,
+            )
+            for piece in self.pieces(address)
+        ]
+        return pack(laid_out, self._format.row_tokens, self._format.row_chars)
+
+
+def row_id(address: RowAddress) -> bytes:
+    """A row's identity for the rolling hash: which row of which shard."""
+    return f"{address.shard}:{address.row};".encode()
+
+
+def roll(rolling_hash: str, order: Order, rows: range) -> str:
+    """The rolling hash after consuming `rows`, in their order."""
+    digest = hashlib.sha256(rolling_hash.encode())
+    for g in rows:
+        digest.update(row_id(order.locate(g)))
+    return digest.hexdigest()

@@ -1,0 +1,33 @@
+"""What the deepspeed launcher starts on every rank: `deepspeed launch/train.py --config configs/demo.yaml`."""
+
+import argparse
+import os
+import sys
+
+from data_pipeline.errors import UserError
+
+
+def main() -> int:
+    """Train; 0, or 2 for an error the user can mend."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configuration")
+    arguments = parser.parse_args()
+    try:
+        from tidal_dist.config import load_config
+
+        config = load_config(arguments.config, arguments.overrides)
+        from tidal_dist.training.loop import train
+
+        train(config, arguments.resume)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

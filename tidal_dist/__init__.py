@@ -1,0 +1,1 @@
+"""Train and run the TidalTransformer at scale."""

@@ -1,0 +1,1 @@
+"""From a training checkpoint to one folder of safetensors, proven equal."""

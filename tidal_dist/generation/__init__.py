@@ -1,0 +1,1 @@
+"""Block by block generation from an exported model."""

@@ -1,0 +1,1 @@
+"""The TidalTransformer: two streams, one attention function, positions and places."""

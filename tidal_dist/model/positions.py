@@ -1,0 +1,37 @@
+"""Encodings over the layout's positions: rope and alibi. B rows, N slots, H heads, D head width."""
+
+import torch
+
+
+def rope_angles(position: torch.Tensor, head_width: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of rotary position embedding (Su et al. 2021), each (B, 1, N, D / 2).
+
+    Positions may be negative. Angles are computed in float32 at least.
+    """
+    frequency = base ** (-torch.arange(0, head_width, 2, device=position.device, dtype=torch.float64) / head_width)
+    angle = (position[:, None, :, None].double() * frequency).to(torch.get_default_dtype())
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the halves of the head width as pairs. x: (B, H, N, D)."""
+    cos, sin = (a.to(x.dtype) for a in angles)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+def alibi_slopes(n_heads: int) -> torch.Tensor:
+    """Slopes (H,) of Press et al. 2022: 2^(-8 i / H) for a power of two, else as in their released code."""
+    power = 1 << (n_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
+    if power < n_heads:
+        finer = [2.0 ** (-8.0 * i / (2 * power)) for i in range(1, 2 * power + 1)]
+        slopes += finer[0::2][: n_heads - power]
+    return torch.tensor(slopes)
+
+
+def alibi_bias(query_position: torch.Tensor, key_position: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Bias -slope_h * |pos_q - pos_k|: (B, H, ..., Q, K) for positions (B, ..., Q, 1) and (B, ..., 1, K)."""
+    distance = (query_position - key_position).abs()
+    slopes = alibi_slopes(n_heads).to(distance.device).view(1, -1, *[1] * (distance.dim() - 1))
+    return -slopes * distance[:, None]

@@ -1,0 +1,224 @@
+"""The TidalTransformer: tokens pass all layers, chars the top ones, in one forward pass.
+
+B rows, T token slots, C char slots, N = T + C, H heads, D head width, V chars and specials.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data_pipeline.layout import IGNORED, NO_PLACE, Slots, place_count
+from data_pipeline.tokenizer import OUTPUT_VOCABULARY
+from tidal_dist.config import ModelConfig
+from tidal_dist.model.attention import Biases, Scoring, attend_chars, attend_tokens, biases
+from tidal_dist.model.positions import rope_angles, rotate
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+Checkpoint = Callable[..., torch.Tensor]
+
+
+class Past(Protocol):
+    """What was computed in earlier passes of a generation; keys come with their slots."""
+
+    def extend_slots(self, tokens: Slots, chars: Slots) -> tuple[Slots, Slots]:
+        """Take up this pass's slots; the slots of all keys, cached and new."""
+
+    def extend(self, layer: int, tokens: KeysValues, chars: KeysValues | None) -> tuple[KeysValues, KeysValues | None]:
+        """Take up a layer's keys and values (B, H, K, D) of this pass; those of all keys."""
+
+    def extend_handoff(self, state: torch.Tensor, tokens: Slots, chars: Slots) -> torch.Tensor:
+        """Take up token states (B, T, width) of this pass; for each char the state of its last context token."""
+
+
+class Linear(nn.Linear):
+    """A linear map without bias whose initial weights keep the variance, times `gain`."""
+
+    def __init__(self, inputs: int, outputs: int, gain: float = 1.0):
+        self.gain = gain
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation gain / sqrt(inputs)."""
+        nn.init.normal_(self.weight, std=self.gain * self.in_features**-0.5)
+
+
+class Embedding(nn.Embedding):
+    """An embedding whose rows start with norm 1: the model multiplies by sqrt(width)."""
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation 1 / sqrt(width)."""
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020) or GELU."""
+
+    def __init__(self, config: ModelConfig, gain: float):
+        super().__init__()
+        self.gated = config.mlp == "swiglu"
+        self.up = Linear(config.width, config.hidden_width * (2 if self.gated else 1))
+        self.down = Linear(config.hidden_width, config.width, gain)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, width) -> (B, N, width)."""
+        hidden = self.up(x)
+        if self.gated:
+            gate, value = hidden.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * value)
+        return self.down(F.gelu(hidden))
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer over a token part and a char part."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.n_heads = config.n_heads
+        self.is_last = index == config.n_layers - 1
+        self.dropout = config.dropout
+        gain = (2 * config.n_layers) ** -0.5
+        self.attention_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.query = Linear(config.width, config.width)
+        self.key_value = Linear(config.width, 2 * config.width)
+        self.out = Linear(config.width, config.width, gain)
+        self.mlp_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.mlp = FeedForward(config, gain)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        n_tokens: int,
+        biases: Biases,
+        angles: KeysValues | None,
+        past: Past | None,
+    ) -> torch.Tensor:
+        """(B, N, width) -> (B, N, width); from the last layer only the chars, since nothing reads its tokens."""
+        h = self.attention_norm(x)
+        k, v = (self._heads(part) for part in self.key_value(h).chunk(2, dim=-1))
+        n_asking = x.shape[1] - n_tokens if self.is_last else x.shape[1]
+        x, h = x[:, -n_asking:], h[:, -n_asking:]
+        q = self._heads(self.query(h))
+        if angles is not None:
+            n = k.shape[2]
+            k = rotate(k, (angles[0][:, :, :n], angles[1][:, :, :n]))
+            q = rotate(q, (angles[0][:, :, n - n_asking : n], angles[1][:, :, n - n_asking : n]))
+        y = self._attend(q, k, v, n_tokens, biases, past)
+        x = x + self._drop(self.out(y.transpose(1, 2).flatten(2)))
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_tokens: int, biases: Biases, past: Past | None
+    ) -> torch.Tensor:
+        token_kv: KeysValues = (k[:, :, :n_tokens], v[:, :, :n_tokens])
+        has_chars = k.shape[2] > n_tokens
+        char_kv: KeysValues | None = (k[:, :, n_tokens:], v[:, :, n_tokens:]) if has_chars else None
+        if past is not None:
+            token_kv, char_kv = past.extend(self.index, token_kv, char_kv)
+        outputs = []
+        if not self.is_last and n_tokens:
+            outputs.append(attend_tokens(q[:, :, :n_tokens], *token_kv, biases.token))
+        if char_kv is not None:
+            q_c = q if self.is_last else q[:, :, n_tokens:]
+            outputs.append(attend_chars(q_c, token_kv, char_kv, biases))
+        # A decoding pass may feed no tokens: the layers below the chars then have nothing to do.
+        return torch.cat(outputs, dim=2) if outputs else q
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, width) -> (B, H, N, D)."""
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class TidalTransformer(nn.Module):
+    """The model. `checkpoint(function, x)` runs a layer with activation checkpointing; none: without."""
+
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, max_block_bytes: int, checkpoint: Checkpoint | None = None
+    ):
+        super().__init__()
+        self.config = config
+        self.longest_run = max_block_bytes + 1
+        self.checkpoint = checkpoint
+        self.embedding = Embedding(vocab_size, config.width)
+        if config.places:
+            self.place_embedding = Embedding(place_count(max_block_bytes, config.place_shift), config.width)
+        if config.has_handoff:
+            self.handoff_norm = nn.RMSNorm(config.width, eps=1e-6)
+            self.handoff = Linear(config.width, config.width)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.output = Linear(config.width, OUTPUT_VOCABULARY)
+
+    def forward(
+        self, tokens: Slots, chars: Slots, labels: torch.Tensor | None = None, past: Past | None = None
+    ) -> torch.Tensor:
+        """Logits of the chars (B, C, V), or with labels (B, C) the sum of their cross-entropy in nats."""
+        config = self.config
+        n_tokens = tokens.ids.shape[1]
+        x = self._embed(tokens)
+        prepared = self._prepare(tokens, chars, x.dtype, past)
+        for i, layer in enumerate(self.layers):
+            if i == config.n_layers - config.char_depth:
+                entering = self._embed(chars)
+                if config.has_handoff:
+                    entering = entering + self._hand_off(x, tokens, chars, past)
+                x = torch.cat([x, entering], dim=1)
+            x = self._run(layer, x, n_tokens, *prepared, past)
+        hidden = self.norm(x)
+        if labels is None:
+            return self.output(hidden)
+        supervised = labels != IGNORED
+        logits = (
+            self.output(hidden[supervised]).float() if x.dtype != torch.float64 else self.output(hidden[supervised])
+        )
+        return F.cross_entropy(logits, labels[supervised], reduction="sum")
+
+    def _run(self, layer: nn.Module, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if self.checkpoint is not None and self.training:
+            return self.checkpoint(lambda inputs: layer(inputs, *arguments), x)
+        return layer(x, *arguments)
+
+    def _embed(self, slots: Slots) -> torch.Tensor:
+        """(B, slots, width): ids and places, scaled by sqrt(width)."""
+        x = self.embedding(slots.ids)
+        if self.config.places:
+            has_place = (slots.place != NO_PLACE)[..., None]
+            x = x + self.place_embedding(slots.place) * has_place
+        x = x * self.config.width**0.5
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def _prepare(
+        self, tokens: Slots, chars: Slots, dtype: torch.dtype, past: Past | None
+    ) -> tuple[Biases, KeysValues | None]:
+        """Biases and rotary angles, once for all layers."""
+        config = self.config
+        key_tokens, key_chars = past.extend_slots(tokens, chars) if past is not None else (tokens, chars)
+        alibi_heads = config.n_heads if config.encoding == "alibi" else None
+        scoring = Scoring(config.token_attention, alibi_heads, dtype)
+        prepared = biases(tokens, chars, key_tokens, key_chars, self.longest_run, scoring)
+        if config.encoding != "rope":
+            return prepared, None
+        position = torch.cat([tokens.position, chars.position], dim=1)
+        return prepared, rope_angles(position, config.width // config.n_heads, config.rope_base)
+
+    def _hand_off(self, x: torch.Tensor, tokens: Slots, chars: Slots, past: Past | None) -> torch.Tensor:
+        """For each char the projected state of the last token before its block, (B, C, width)."""
+        state = self.handoff(self.handoff_norm(x))
+        if past is not None:
+            return past.extend_handoff(state, tokens, chars)
+        return state.gather(1, context_slots(tokens, chars)[..., None].expand(-1, -1, state.shape[-1]))
+
+
+def context_slots(tokens: Slots, chars: Slots) -> torch.Tensor:
+    """For each char (B, C) the slot, in its row, of the last token before its block; 0 for padding."""
+    slot = torch.arange(tokens.ids.shape[1], device=tokens.ids.device).expand_as(tokens.ids)
+    starts = slot.new_zeros(len(slot), max(int(slot.shape[1]), 1) + 1)
+    # Tokens of a document lie end to end: slot - index is the document's first slot.
+    starts.scatter_(1, tokens.document, slot - tokens.index)
+    return (starts.gather(1, chars.document) + chars.start_pos - 1).clamp_min(0)

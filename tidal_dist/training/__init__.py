@@ -1,0 +1,1 @@
+"""Training under DeepSpeed: loop, engine, checkpoints, validation, monitor."""

@@ -1,0 +1,173 @@
+"""Checkpoints: DeepSpeed's files with the training state beside them, whole or not at all.
+
+A checkpoint is the folder `checkpoints/step-NNNNNNNN`; it takes that name when it is complete. `state.json` in it
+says where training stood; `best.json` beside the folders names the best one.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save
+
+from data_pipeline.files import replace_file
+from data_pipeline.layout import Slots
+from data_pipeline.stream import Batch
+from tidal_dist.errors import CheckpointError
+
+STATE, PROBE, CONFIG, TOKENIZER, BEST = "state.json", "probe.safetensors", "config.yaml", "tokenizer.json", "best.json"
+_STEP_FOLDER = re.compile(r"step-(\d{8})$")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where training stands, beside weights and optimizer.
+
+    Attributes:
+        step: optimizer steps made. rows: rows consumed. rolling_hash: over the consumed rows' identities.
+        world: ranks that wrote the checkpoint. order_hash: of everything the order of rows depends on.
+        manifest_hash, tokenizer_hash, segmentation_hash: what it was trained with.
+        probe_loss: nats per label of the probe batch, with these weights.
+        metrics: the last validation's figures. train_seconds: spent in training so far.
+    """
+
+    step: int
+    rows: int
+    rolling_hash: str
+    world: int
+    order_hash: str
+    manifest_hash: str
+    tokenizer_hash: str
+    segmentation_hash: str
+    probe_loss: float
+    metrics: dict[str, float]
+    train_seconds: float
+
+
+def probe_bytes(batch: Batch) -> bytes:
+    """A probe batch as safetensors."""
+    tensors = {f"{s.stream}.{n}": a for s in (batch.tokens, batch.chars) for n, a in s.arrays().items()}
+    return save({n: t.contiguous() for n, t in tensors.items()} | {"labels": batch.labels.contiguous()})
+
+
+def load_probe(path: Path) -> Batch:
+    """A probe batch from its file."""
+    arrays = load_file(path)
+
+    def slots(stream: Any) -> Slots:
+        prefix = f"{stream}."
+        return Slots(stream, **{n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)})
+
+    return Batch(slots("token"), slots("char"), arrays["labels"])
+
+
+def save_checkpoint(engine: Any, folder: Path, state: TrainingState, products: dict[str, bytes], keep: int) -> Path:
+    """Write a checkpoint from all ranks and remove those no longer kept; its folder.
+
+    Args:
+        products: further files by name: probe batch, configuration, tokeniser.
+        keep: newest checkpoints to keep, beside the best.
+    """
+    final = folder / f"step-{state.step:08d}"
+    partial = folder / f".{final.name}.partial"
+    is_first = dist.get_rank() == 0
+    if is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+    if is_first:
+        for name, data in products.items():
+            replace_file(partial / name, data)
+        replace_file(partial / STATE, json.dumps(asdict(state), indent=1).encode())
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _remove_old(folder, keep)
+    dist.barrier()
+    return final
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    best = best_checkpoint(folder)
+    for old in complete_checkpoints(folder)[:-keep]:
+        if old != best:
+            shutil.rmtree(old)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    found = [p for p in folder.glob("step-*") if _STEP_FOLDER.search(p.name) and (p / STATE).is_file()]
+    return sorted(found, key=lambda p: p.name)
+
+
+def mark_best(folder: Path, checkpoint: Path, metrics: dict[str, float]) -> None:
+    """Record a checkpoint as the best so far."""
+    replace_file(folder / BEST, json.dumps({"checkpoint": checkpoint.name, "metrics": metrics}).encode())
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint marked as best, if it is there."""
+    try:
+        path = folder / json.loads((folder / BEST).read_bytes())["checkpoint"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return path if (path / STATE).is_file() else None
+
+
+def best_metrics(folder: Path) -> dict[str, float]:
+    """The metrics of the checkpoint marked as best; {} where there is none."""
+    best = best_checkpoint(folder)
+    return load_state(best).metrics if best else {}
+
+
+def load_state(checkpoint: Path) -> TrainingState:
+    """The training state of a checkpoint.
+
+    Raises:
+        CheckpointError: it has none, or it cannot be read.
+    """
+    try:
+        return TrainingState(**json.loads((checkpoint / STATE).read_bytes()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint}: no {STATE}, so this is no complete checkpoint") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / STATE}: cannot read ({error}); use an older checkpoint") from None
+
+
+def load_checkpoint(engine: Any, checkpoint: Path, expected: dict[str, Any]) -> TrainingState:
+    """Load weights and optimizer on all ranks; the training state.
+
+    Args:
+        expected: fields of the state that must agree with this run, with what each is called in an error.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another run or number of ranks.
+    """
+    state = load_state(checkpoint)
+    for name, value in expected.items():
+        if getattr(state, name) != value:
+            raise CheckpointError(
+                f"{checkpoint}: its {name.replace('_', ' ')} is {getattr(state, name)}, this run's is {value}; "
+                "resume with what the checkpoint was trained with, or start in another run_dir"
+            )
+    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
+    if path is None:
+        raise CheckpointError(f"{checkpoint}: DeepSpeed could not load it; use an older checkpoint")
+    return state
+
+
+def probe_loss(model: Any, batch: Batch, device: torch.device | str) -> float:
+    """Nats per label of a probe batch."""
+    batch = batch.to(device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        loss = float(model(batch.tokens, batch.chars, batch.labels)) / max(batch.label_count(), 1)
+    model.train(training)
+    return loss

@@ -1,0 +1,219 @@
+"""The training loop, from top to bottom."""
+
+import hashlib
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.files import replace_file
+from data_pipeline.ordering import Order
+from data_pipeline.rows import RowFormat, RowReader, plan_folder, roll, write_row_plan
+from data_pipeline.segmentation import segmentation_hash
+from data_pipeline.shards import Manifest
+from data_pipeline.stream import Share, StepDataset, fixed_batches, step_loader
+from tidal_dist.config import Config, TrainingConfig
+from tidal_dist.errors import CheckpointError, ConfigError
+from tidal_dist.model.transformer import TidalTransformer
+from tidal_dist.training import checkpoint as ckpt
+from tidal_dist.training import engine as ds
+from tidal_dist.training.monitor import Monitor
+from tidal_dist.training.validation import generation_tasks, validation_generation, validation_loss
+
+_PROBE_ROWS = 4
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """Linear warm-up, then constant, then a cosine or linear decay to `final_learning_rate` at the last step."""
+    decay_steps = min(config.decay_steps or config.steps, max(config.steps - config.warmup_steps, 1))
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    decayed = max(0, step - (config.steps - decay_steps)) / decay_steps
+    kept = 0.5 * (1 + math.cos(math.pi * decayed)) if config.schedule == "cosine" else 1 - decayed
+    return warm * (config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * kept)
+
+
+def train(config: Config, resume: bool = False) -> None:
+    """Train as configured, on all ranks of the launcher.
+
+    Raises:
+        UserError: configuration, shards or checkpoint do not fit.
+    """
+    training, data = config.training, config.data
+    run, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
+    manifest = Manifest.load(data.shards)
+    tokenizer = manifest.tokenizer()
+    _check_segmentation(config, manifest)
+    rank, world = ds.start_process_group(training)
+
+    if rank == 0:
+        if not (plan_folder(manifest, data.row_tokens, data.row_chars) / "plan.json").exists():
+            write_row_plan(manifest, data.row_tokens, data.row_chars)
+        found = ckpt.complete_checkpoints(checkpoints)
+        replace_file(run / "config.yaml", config.to_yaml().encode())
+    else:
+        found = []
+    newest = ds.gather_objects(found[-1] if found else None)[0]
+    if newest and not resume:
+        raise CheckpointError(f"{checkpoints}: holds checkpoints of an earlier run; give --resume or another run_dir")
+    if resume and not newest:
+        raise CheckpointError(f"{checkpoints}: no complete checkpoint to resume from; start without --resume")
+
+    row_format = RowFormat(data.row_tokens, data.row_chars, config.model.char_positions, config.model.place_shift)
+    reader = RowReader(manifest, "train", tokenizer, row_format, data.seed)
+    held_out = RowReader(manifest, "validation", tokenizer, row_format, data.seed)
+    order = Order(reader.shard_rows, data.lanes, data.seed)
+    share = Share(training.batch_rows, training.accumulation_steps, rank, world)
+    share.check(data.lanes)
+    micro_rows = training.batch_rows // world // training.accumulation_steps
+    validation_batches = fixed_batches(held_out, config.validation.rows, micro_rows, (rank, world))
+    probe_source = held_out if sum(held_out.shard_rows) else reader
+    probe = fixed_batches(probe_source, _PROBE_ROWS, _PROBE_ROWS, (0, 1))[0]
+    tasks = generation_tasks(manifest, config.validation)
+
+    def build_model() -> TidalTransformer:
+        checkpointing = ds.activation_checkpoint(training)
+        return TidalTransformer(
+            config.model, tokenizer.vocab_size, tokenizer.segmentation.max_block_bytes, checkpointing
+        )
+
+    engine = ds.build_engine(config, world, build_model)
+    identity: dict[str, Any] = {
+        "world": world,
+        "manifest_hash": manifest.hash,
+        "tokenizer_hash": tokenizer.hash,
+        "segmentation_hash": segmentation_hash(tokenizer.segmentation),
+        "order_hash": _order_hash(config, manifest),
+    }
+    products = {
+        ckpt.CONFIG: config.to_yaml().encode(),
+        ckpt.TOKENIZER: (manifest.folder / "tokenizer.json").read_bytes(),
+        ckpt.PROBE: ckpt.probe_bytes(probe),
+    }
+    step, rolling_hash, best, seconds_before = 0, "", -math.inf, 0.0
+    metrics: dict[str, float] = {}
+    if newest:
+        state = ckpt.load_checkpoint(engine, newest, identity)
+        step, rolling_hash, metrics, seconds_before = state.step, state.rolling_hash, state.metrics, state.train_seconds
+        best = _quality(ckpt.best_metrics(checkpoints))
+    monitor = Monitor(run / "tensorboard", rank, step, training.steps)
+    monitor.line(f"{world} ranks, {_parameters(engine.module):,} parameters, from step {step} of {training.steps}")
+
+    stream = iter(step_loader(StepDataset(reader, order, share, step), data.workers, ds.uses_pinned_memory()))
+    engine.train()
+    started = window_started = time.monotonic()
+    window_labels = window_tokens = window_wait = 0.0
+    while step < training.steps:
+        waiting = time.monotonic()
+        batches = next(stream)
+        window_wait += time.monotonic() - waiting
+        # Dropout depends on seed, step and rank alone, so a resumed run draws the same.
+        torch.manual_seed(hash((training.seed, step, rank)) & 0x7FFFFFFF)
+        rate = learning_rate(training, step)
+        loss, labels, gradient_norm = ds.train_step(engine, batches, rate)
+        rolling_hash = roll(rolling_hash, order, range(step * training.batch_rows, (step + 1) * training.batch_rows))
+        step += 1
+        window_labels += labels
+        window_tokens += sum(int((b.tokens.document > 0).sum()) for b in batches) * world
+
+        if step % training.log_every_steps == 0 or step == training.steps:
+            elapsed = time.monotonic() - window_started
+            steps = (step - 1) % training.log_every_steps + 1
+            monitor.scalars(
+                step,
+                {
+                    "train/loss": loss,
+                    "train/learning_rate": rate,
+                    "train/gradient_norm": gradient_norm,
+                    "train/labels_per_step": labels,
+                    "speed/tokens_per_second": window_tokens / elapsed,
+                    "speed/bytes_per_second": window_labels / elapsed,
+                    "speed/seconds_per_step": elapsed / steps,
+                    "speed/data_wait_share": window_wait / elapsed,
+                    "data/rows": step * training.batch_rows,
+                    "data/epoch": step * training.batch_rows / order.rows_per_epoch,
+                },
+            )
+            monitor.progress(step, {"loss": f"{loss:.4f}", "s/step": f"{elapsed / steps:.3f}"})
+            window_started, window_labels, window_tokens, window_wait = time.monotonic(), 0.0, 0.0, 0.0
+
+        is_last = step == training.steps
+        if step % config.validation.every_steps == 0 or is_last:
+            pausing = time.monotonic()
+            metrics = _validate(engine, tokenizer, validation_batches, tasks, config, (rank, world), monitor, step)
+            window_started += time.monotonic() - pausing
+        if step % training.save_every_steps == 0 or step % config.validation.every_steps == 0 or is_last:
+            pausing = time.monotonic()
+            state = ckpt.TrainingState(
+                step=step,
+                rows=step * training.batch_rows,
+                rolling_hash=rolling_hash,
+                probe_loss=ckpt.probe_loss(engine, probe, ds.device()),
+                metrics=metrics,
+                train_seconds=seconds_before + time.monotonic() - started,
+                **identity,
+            )
+            saved = ckpt.save_checkpoint(engine, checkpoints, state, products, training.keep_checkpoints)
+            monitor.text(step, "data/rolling_hash", rolling_hash)
+            if _quality(metrics) > best:
+                best = _quality(metrics)
+                if rank == 0:
+                    ckpt.mark_best(checkpoints, saved, metrics)
+            window_started += time.monotonic() - pausing
+    monitor.close()
+
+
+def _validate(
+    engine: Any,
+    tokenizer: Any,
+    batches: list[Any],
+    tasks: list[Any],
+    config: Config,
+    share: tuple[int, int],
+    monitor: Monitor,
+    step: int,
+) -> dict[str, float]:
+    """Loss, bits per byte and generation on the held-out split; {} where nothing is held out."""
+    if not batches:
+        return {}
+    engine.eval()
+    loss, bits = validation_loss(engine, batches)
+    quality = validation_generation(engine.module, tokenizer, tasks, share, config.validation.max_bytes)
+    engine.train()
+    metrics = {
+        "validation/loss": loss,
+        "validation/bits_per_byte": bits,
+        "validation/exact_match": quality.exact_match,
+        "validation/off_canonical_joins_per_block": quality.off_canonical_joins_per_block,
+    }
+    monitor.scalars(step, metrics)
+    monitor.text(step, "validation/generated", quality.examples)
+    monitor.line(f"step {step}: " + " ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+    return metrics
+
+
+def _quality(metrics: dict[str, float]) -> float:
+    """What the best checkpoint is chosen by: exact match, then bits per byte."""
+    if not metrics:
+        return -math.inf
+    return metrics["validation/exact_match"] - 1e-6 * metrics["validation/bits_per_byte"]
+
+
+def _check_segmentation(config: Config, manifest: Manifest) -> None:
+    if segmentation_hash(config.segmentation) != manifest.content["segmentation_hash"]:
+        raise ConfigError(
+            f"{manifest.folder}: the shards were made with another segmentation ({manifest.content['segmentation']}) "
+            "than the configuration's; prepare the shards anew or set segmentation.* as they have it"
+        )
+
+
+def _order_hash(config: Config, manifest: Manifest) -> str:
+    """Hash of everything that the order of the rows depends on."""
+    data = config.data
+    parts = (manifest.hash, data.row_tokens, data.row_chars, data.lanes, data.seed, config.training.batch_rows)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

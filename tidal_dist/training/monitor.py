@@ -1,0 +1,51 @@
+"""What a person watches: TensorBoard scalars and texts, and a progress bar or plain lines on standard error."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Monitor:
+    """Writes for rank 0; on other ranks it does nothing."""
+
+    def __init__(self, folder: Path, rank: int, first_step: int, steps: int):
+        self._writer = SummaryWriter(str(folder), purge_step=first_step or None, flush_secs=10) if rank == 0 else None
+        self._bar = None
+        if rank == 0 and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stderr, dynamic_ncols=True)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write scalars to TensorBoard."""
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """Write a text to TensorBoard."""
+        if self._writer:
+            self._writer.add_text(name, markdown, step)
+
+    def progress(self, step: int, values: dict[str, Any]) -> None:
+        """Move the bar to `step`, or write a plain line."""
+        if self._bar is not None:
+            self._bar.set_postfix(values)
+            self._bar.update(step - self._bar.n)
+        elif self._writer:
+            print(f"step {step}: " + " ".join(f"{k} {v}" for k, v in values.items()), file=sys.stderr, flush=True)
+
+    def line(self, text: str) -> None:
+        """Write a line without disturbing the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._writer:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Write out everything."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer:
+            self._writer.close()
