@@ -1,4 +1,4 @@
-"""The demo's corpus: sums and differences as JSON lines of `prompt` and `answer`.
+"""The demo's corpus: signed sums and differences of up to four digits as JSON lines of `prompt` and `answer`.
 
 `python -m data_pipeline.arithmetic OUT.jsonl --count N`. One problem in fifty, chosen by its hash, is kept for
 testing and never written.
@@ -8,7 +8,8 @@ import argparse
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from data_pipeline.files import whole_file
@@ -16,6 +17,8 @@ from data_pipeline.files import whole_file
 MAX_DIGITS = 4
 _HELD_OUT_SHARE = 50
 _NEGATIVE_SHARE = 0.2
+# Long operands weigh more: there are more of them, and their sums are learned last.
+_TRAINING_WEIGHTS = (1, 2, 3, 4)
 
 
 def is_held_out(prompt: str) -> bool:
@@ -23,11 +26,12 @@ def is_held_out(prompt: str) -> bool:
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) % _HELD_OUT_SHARE == 0
 
 
-def problems(seed: str, digits: int | None = None) -> Iterator[tuple[str, str]]:
-    """An endless stream of (prompt, answer), both operands of `digits` digits or of 1 to 4, evenly."""
+def problems(seed: str, digit_weights: Sequence[float]) -> Iterator[tuple[str, str]]:
+    """An endless stream of (prompt, answer); each operand has n digits with probability ~ digit_weights[n - 1]."""
     rng = random.Random(seed)
+    lengths = range(1, MAX_DIGITS + 1)
     while True:
-        a, b = (_operand(rng, digits or rng.randint(1, MAX_DIGITS)) for _ in range(2))
+        a, b = (_operand(rng, digits) for digits in rng.choices(lengths, digit_weights, k=2))
         sign = rng.choice("+-")
         yield f"{a} {sign} {b} =", f" {a + b if sign == '+' else a - b}"
 
@@ -38,20 +42,23 @@ def _operand(rng: random.Random, digits: int) -> int:
 
 
 def training_problems(count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """`count` problems, none of them a test problem; some occur more than once."""
-    stream = (p for p in problems(f"training {seed}") if not is_held_out(p[0]))
-    return (next(stream) for _ in range(count))
+    """`count` problems, none of them held out; some occur more than once."""
+    stream = (p for p in problems(f"training {seed}", _TRAINING_WEIGHTS) if not is_held_out(p[0]))
+    return islice(stream, count)
 
 
 def held_out_problems(count: int, seed: int, digits: int | None = None) -> list[tuple[str, str]]:
-    """`count` different problems that never occur in training."""
-    found: dict[str, str] = {}
-    for prompt, answer in problems(f"held out {seed}", digits):
-        if is_held_out(prompt):
-            found[prompt] = answer
-        if len(found) == count:
-            break
-    return list(found.items())
+    """`count` different problems that never occur in training, operands of `digits` digits or of 1 to 4, evenly.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    weights = [digits is None or n == digits for n in range(1, MAX_DIGITS + 1)]
+    stream = problems(f"held out {seed}", weights)
+    found = {prompt: answer for prompt, answer in islice(stream, 200 * count) if is_held_out(prompt)}
+    if len(found) < count:
+        raise ValueError(f"found {len(found)} held-out problems of {digits} digits, not {count}")
+    return list(found.items())[:count]
 
 
 def write_corpus(path: Path, count: int, seed: int) -> None:

@@ -65,25 +65,35 @@ def plan_rows(lengths: DocumentLengths, row_tokens: int, row_chars: int, where: 
         ShardError: a block does not fit in a row; `where` names the shard.
     """
     pieces: list[tuple[int, int, int, int, int]] = []
-    start = 0
-    for document, n_blocks in enumerate(lengths.document_blocks.tolist()):
-        tokens = lengths.block_tokens[start : start + n_blocks].astype(np.int64)
-        sizes = lengths.block_bytes[start : start + n_blocks].astype(np.int64)
-        start += n_blocks
-        prompt = int(lengths.prompt_blocks[document])
-        t, c = slot_counts(tokens, sizes, prompt)
+    ends = np.cumsum(lengths.document_blocks, dtype=np.int64)
+    for document, (n_blocks, end, t, c) in enumerate(
+        zip(lengths.document_blocks.tolist(), ends.tolist(), *_document_slots(lengths, ends), strict=True)
+    ):
         if t <= row_tokens and c <= row_chars:
             pieces.append((document, 0, n_blocks, t, c))
             continue
+        tokens = lengths.block_tokens[end - n_blocks : end].astype(np.int64)
+        sizes = lengths.block_bytes[end - n_blocks : end].astype(np.int64)
+        prompt = int(lengths.prompt_blocks[document])
         if (sizes[prompt:] + 1).max() > row_chars:
             raise ShardError(
                 f"{where}: document {document} has a block of {sizes[prompt:].max()} bytes, which does not fit in "
                 f"data.row_chars={row_chars}; make it at least {sizes[prompt:].max() + 1}"
             )
-        for first, end in _cut(tokens, sizes, prompt, row_tokens, row_chars):
-            t, c = slot_counts(tokens[first:end], sizes[first:end], max(prompt - first, 0))
-            pieces.append((document, first, end, t, c))
+        for first, last in _cut(tokens, sizes, prompt, row_tokens, row_chars):
+            t, c = slot_counts(tokens[first:last], sizes[first:last], max(prompt - first, 0))
+            pieces.append((document, first, last, t, c))
     return _pack(pieces, row_tokens, row_chars)
+
+
+def _document_slots(lengths: DocumentLengths, ends: np.ndarray) -> tuple[list[int], list[int]]:
+    """`slot_counts` of every whole document at once. ends: (d,) running number of blocks."""
+    starts = ends - lengths.document_blocks
+    tokens = np.concatenate([[0], np.cumsum(lengths.block_tokens, dtype=np.int64)])
+    chars = np.concatenate([[0], np.cumsum(lengths.block_bytes + np.int64(1), dtype=np.int64)])
+    t = 1 + tokens[ends - 1] - tokens[starts]
+    c = chars[ends] - chars[starts + lengths.prompt_blocks]
+    return t.tolist(), c.tolist()
 
 
 def _cut(

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 from pydantic import Field
 
 from data_pipeline.corpus import Document
@@ -108,6 +107,8 @@ class ShardWriter:
     def _end_shard(self) -> None:
         if not self._members:
             return
+        import webdataset  # only writing needs it, so that reading and generation work without
+
         name = f"shard-{len(self.entries):06d}"
         path = self._folder / f"{name}.tar"
         with whole_file(path) as file, webdataset.TarWriter(file, mtime=0) as tar:

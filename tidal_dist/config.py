@@ -83,7 +83,7 @@ class TrainingConfig(Section):
     beta2: float = Field(0.95, ge=0.0, lt=1.0)
     weight_decay: float = Field(0.1, ge=0.0, description="on matrices only, embeddings excluded")
     max_gradient_norm: float = Field(1.0, gt=0.0)
-    zero_stage: Literal[0, 1, 2, 3] = 3
+    zero_stage: Literal[1, 2, 3] = 3
     activation_checkpointing: bool = True
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
     threads_per_rank: int | None = Field(

@@ -3,8 +3,8 @@
 One pass feeds, for each sequence, either [tokens of the block just finished, <bob>] or the char just chosen.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -173,6 +173,15 @@ class Decoder:
         for s in sequences:
             s.result.off_canonical_joins = off_canonical_joins(s.result.blocks, self.tokenizer.segmentation)
         return [s.result for s in sequences]
+
+    def generate_in_batches(
+        self, prompts: Sequence[str], sampling: Sampling, limits: Limits, batch_size: int
+    ) -> Iterator[Generation]:
+        """Continue any number of prompts, `batch_size` at a time; prompt i samples with `sampling.seed + i`."""
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            samplings = [replace(sampling, seed=sampling.seed + start + i) for i in range(len(batch))]
+            yield from self.generate(batch, samplings, limits)
 
     def _advance(self, sequences: list[_Sequence], past: Cache) -> None:
         """One pass: every unfinished sequence gets its next char."""

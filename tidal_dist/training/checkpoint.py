@@ -11,13 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save
 
 from data_pipeline.files import replace_file
-from data_pipeline.layout import Slots
-from data_pipeline.stream import Batch
 from tidal_dist.errors import CheckpointError
 
 STATE, PROBE, CONFIG, TOKENIZER, BEST = "state.json", "probe.safetensors", "config.yaml", "tokenizer.json", "best.json"
@@ -47,23 +43,6 @@ class TrainingState:
     probe_loss: float
     metrics: dict[str, float]
     train_seconds: float
-
-
-def probe_bytes(batch: Batch) -> bytes:
-    """A probe batch as safetensors."""
-    tensors = {f"{s.stream}.{n}": a for s in (batch.tokens, batch.chars) for n, a in s.arrays().items()}
-    return save({n: t.contiguous() for n, t in tensors.items()} | {"labels": batch.labels.contiguous()})
-
-
-def load_probe(path: Path) -> Batch:
-    """A probe batch from its file."""
-    arrays = load_file(path)
-
-    def slots(stream: Any) -> Slots:
-        prefix = f"{stream}."
-        return Slots(stream, **{n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)})
-
-    return Batch(slots("token"), slots("char"), arrays["labels"])
 
 
 def save_checkpoint(engine: Any, folder: Path, state: TrainingState, products: dict[str, bytes], keep: int) -> Path:
@@ -160,14 +139,3 @@ def load_checkpoint(engine: Any, checkpoint: Path, expected: dict[str, Any]) -> 
     if path is None:
         raise CheckpointError(f"{checkpoint}: DeepSpeed could not load it; use an older checkpoint")
     return state
-
-
-def probe_loss(model: Any, batch: Batch, device: torch.device | str) -> float:
-    """Nats per label of a probe batch."""
-    batch = batch.to(device)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        loss = float(model(batch.tokens, batch.chars, batch.labels)) / max(batch.label_count(), 1)
-    model.train(training)
-    return loss

@@ -17,6 +17,7 @@ from data_pipeline.stream import Share, StepDataset, fixed_batches, step_loader
 from tidal_dist.config import Config, TrainingConfig
 from tidal_dist.errors import CheckpointError, ConfigError
 from tidal_dist.model.transformer import TidalTransformer
+from tidal_dist.probe import probe_bytes, probe_loss
 from tidal_dist.training import checkpoint as ckpt
 from tidal_dist.training import engine as ds
 from tidal_dist.training.monitor import Monitor
@@ -89,7 +90,7 @@ def train(config: Config, resume: bool = False) -> None:
     products = {
         ckpt.CONFIG: config.to_yaml().encode(),
         ckpt.TOKENIZER: (manifest.folder / "tokenizer.json").read_bytes(),
-        ckpt.PROBE: ckpt.probe_bytes(probe),
+        ckpt.PROBE: probe_bytes(probe),
     }
     step, rolling_hash, best, seconds_before = 0, "", -math.inf, 0.0
     metrics: dict[str, float] = {}
@@ -149,7 +150,7 @@ def train(config: Config, resume: bool = False) -> None:
                 step=step,
                 rows=step * training.batch_rows,
                 rolling_hash=rolling_hash,
-                probe_loss=ckpt.probe_loss(engine, probe, ds.device()),
+                probe_loss=probe_loss(engine, probe, ds.device()),
                 metrics=metrics,
                 train_seconds=seconds_before + time.monotonic() - started,
                 **identity,

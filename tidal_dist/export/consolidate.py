@@ -1,0 +1,80 @@
+"""A training checkpoint of any number of ranks -> one exported folder."""
+
+import contextlib
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tidal_dist.config import load_config
+from tidal_dist.errors import CheckpointError
+from tidal_dist.export.package import Provenance, write_export
+from tidal_dist.training import checkpoint as ckpt
+
+
+def find_checkpoint(path: Path, which: str) -> Path:
+    """The checkpoint that `path` names: itself, or of a run the "best", the "last" or that of a step.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / ckpt.STATE).is_file():
+        return path
+    folder = path / "checkpoints"
+    complete = ckpt.complete_checkpoints(folder)
+    if not complete:
+        raise CheckpointError(f"{path}: neither a checkpoint nor a run with a complete one in {folder}")
+    if which == "last":
+        return complete[-1]
+    if which == "best":
+        return ckpt.best_checkpoint(folder) or complete[-1]
+    steps = {str(int(p.name.rpartition("-")[2])): p for p in complete}
+    if which not in steps:
+        raise CheckpointError(f"{folder}: no checkpoint of step {which}; there are {', '.join(steps)}")
+    return steps[which]
+
+
+def export(path: Path, out: Path, which: str = "best") -> dict[str, Any]:
+    """Export a checkpoint; a report of what was written and proven.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or files of it are missing.
+        ExportError: the export does not repeat the checkpoint's probe loss.
+    """
+    checkpoint = find_checkpoint(path, which)
+    state = ckpt.load_state(checkpoint)
+    config = load_config(checkpoint / ckpt.CONFIG)
+    weights = _consolidated(checkpoint)
+    provenance = {f.name: getattr(state, f.name) for f in fields(Provenance) if f.name != "checkpoint"}
+    loss = write_export(
+        out,
+        weights,
+        config.model,
+        config.segmentation,
+        checkpoint / ckpt.TOKENIZER,
+        checkpoint / ckpt.PROBE,
+        Provenance(checkpoint=str(checkpoint), **provenance),
+    )
+    return {
+        "export": str(out),
+        "checkpoint": str(checkpoint),
+        "step": state.step,
+        "parameters": sum(w.numel() for w in weights.values()),
+        "probe_loss_checkpoint": state.probe_loss,
+        "probe_loss_export": loss,
+    }
+
+
+def _consolidated(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All weights in float32, put together from the ranks' partitions."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints its progress
+            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    except (OSError, ValueError, AssertionError, RuntimeError, KeyError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint}: files are missing or torn ({reason}); use another checkpoint") from None
+    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
