@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 
 from data_pipeline.files import whole_file
@@ -19,6 +19,8 @@ _HELD_OUT_SHARE = 50
 _NEGATIVE_SHARE = 0.2
 # Long operands weigh more: there are more of them, and their sums are learned last.
 _TRAINING_WEIGHTS = (1, 2, 3, 4)
+# Two random numbers hardly ever cancel, so training sees some that do.
+_NEAR_SHARE = 0.05
 
 
 def is_held_out(prompt: str) -> bool:
@@ -32,8 +34,21 @@ def problems(seed: str, digit_weights: Sequence[float]) -> Iterator[tuple[str, s
     lengths = range(1, MAX_DIGITS + 1)
     while True:
         a, b = (_operand(rng, digits) for digits in rng.choices(lengths, digit_weights, k=2))
-        sign = rng.choice("+-")
-        yield f"{a} {sign} {b} =", f" {a + b if sign == '+' else a - b}"
+        yield _problem(a, b, rng.choice("+-"))
+
+
+def _problem(a: int, b: int, sign: str) -> tuple[str, str]:
+    return f"{a} {sign} {b} =", f" {a + b if sign == '+' else a - b}"
+
+
+def _near_problems(seed: str) -> Iterator[tuple[str, str]]:
+    """An endless stream of problems whose leading digits cancel: 5000 - 4999, -71 + 73."""
+    rng = random.Random(seed)
+    while True:
+        a = _operand(rng, rng.randint(1, MAX_DIGITS))
+        b = a + rng.randint(-99, 99)
+        if abs(b) < 10**MAX_DIGITS:
+            yield _problem(a, b, "-") if rng.random() < 0.5 else _problem(a, -b, "+")
 
 
 def _operand(rng: random.Random, digits: int) -> int:
@@ -43,8 +58,10 @@ def _operand(rng: random.Random, digits: int) -> int:
 
 def training_problems(count: int, seed: int) -> Iterator[tuple[str, str]]:
     """`count` problems, none of them held out; some occur more than once."""
-    stream = (p for p in problems(f"training {seed}", _TRAINING_WEIGHTS) if not is_held_out(p[0]))
-    return islice(stream, count)
+    rng = random.Random(f"mix {seed}")
+    any_pair, near_pair = problems(f"training {seed}", _TRAINING_WEIGHTS), _near_problems(f"near {seed}")
+    stream = (next(near_pair if rng.random() < _NEAR_SHARE else any_pair) for _ in repeat(None))
+    return islice((p for p in stream if not is_held_out(p[0])), count)
 
 
 def held_out_problems(count: int, seed: int, digits: int | None = None) -> list[tuple[str, str]]:

@@ -62,7 +62,9 @@ def files_of(source: SourceConfig) -> list[Path]:
     """
     pattern = source.path.replace("{stdlib}", sysconfig.get_path("stdlib"))
     if os.path.isdir(pattern):
-        pattern = os.path.join(pattern, "**")
+        pattern = os.path.join(glob.escape(pattern), "**")
+    elif os.path.isfile(pattern):
+        pattern = glob.escape(pattern)
     found = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
     kept = [Path(p) for p in found if not any(fnmatch(p, e) for e in source.exclude)]
     if not kept:

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_pipeline.errors import ShardError
-from data_pipeline.files import replace_file, whole_file
+from data_pipeline.files import replace_file, sha256_of, whole_file
 from data_pipeline.layout import CharPositions, Piece, Slots, lay_out, pack
 from data_pipeline.ordering import Order, RowAddress, row_random
 from data_pipeline.packing import RowPlan, plan_rows
-from data_pipeline.shards import Manifest, ShardReader
+from data_pipeline.shards import Manifest, ShardReader, check_file
 from data_pipeline.tokenizer import MixedTokenizer
 
 
@@ -40,15 +41,16 @@ def write_row_plan(manifest: Manifest, row_tokens: int, row_chars: int) -> None:
         ShardError: a block does not fit in a row.
     """
     folder = plan_folder(manifest, row_tokens, row_chars)
-    rows: dict[str, list[int]] = {}
+    shards: dict[str, list[dict[str, Any]]] = {}
     for split in manifest.content["splits"]:
-        rows[split] = []
+        shards[split] = []
         for shard in manifest.shards(split):
             plan = plan_rows(manifest.lengths(shard), row_tokens, row_chars, shard["name"])
-            with whole_file(folder / f"{shard['name']}.npz") as file:
-                np.savez_compressed(file, **vars(plan))
-            rows[split].append(plan.rows)
-    content = {"manifest": manifest.hash, "row_tokens": row_tokens, "row_chars": row_chars, "rows": rows}
+            path = folder / f"{shard['name']}.npz"
+            with whole_file(path) as file:
+                np.savez_compressed(file, allow_pickle=False, **vars(plan))
+            shards[split].append({"rows": plan.rows, "sha256": sha256_of(path)})
+    content = {"manifest": manifest.hash, "row_tokens": row_tokens, "row_chars": row_chars, "shards": shards}
     replace_file(folder / "plan.json", json.dumps(content).encode())
 
 
@@ -58,14 +60,22 @@ def planned_rows(manifest: Manifest, row_tokens: int, row_chars: int) -> dict[st
     Raises:
         ShardError: there is no plan for these slots, or it belongs to other shards.
     """
+    content = _plan_content(manifest, row_tokens, row_chars)
+    return {split: [shard["rows"] for shard in shards] for split, shards in content.items()}
+
+
+def _plan_content(manifest: Manifest, row_tokens: int, row_chars: int) -> dict[str, list[dict[str, Any]]]:
+    """By split, rows and sha256 of every shard's plan."""
     path = plan_folder(manifest, row_tokens, row_chars) / "plan.json"
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        if content["manifest"] != manifest.hash:
+            raise ShardError(f"{path}: the row plan belongs to other shards; remove {path.parent} and plan again")
+        return content["shards"]
+    except FileNotFoundError:
         raise ShardError(f"{path}: no row plan for {row_tokens}x{row_chars} slots; run `tidal plan-rows`") from None
-    if content["manifest"] != manifest.hash:
-        raise ShardError(f"{path}: the row plan belongs to other shards; remove {path.parent} and plan again")
-    return content["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path}: not a row plan ({error!r}); remove {path.parent} and plan again") from None
 
 
 class RowReader:
@@ -74,17 +84,16 @@ class RowReader:
     def __init__(self, manifest: Manifest, split: str, tokenizer: MixedTokenizer, row_format: RowFormat, seed: int):
         self._manifest, self._split, self._format, self._seed = manifest, split, row_format, seed
         self._byte_lengths = tokenizer.byte_lengths
-        self.shard_rows = tuple(planned_rows(manifest, row_format.row_tokens, row_format.row_chars)[split])
+        self._plan = _plan_content(manifest, row_format.row_tokens, row_format.row_chars)[split]
+        self.shard_rows = tuple(shard["rows"] for shard in self._plan)
         self._open: Callable[[int], tuple[ShardReader, RowPlan]] = lru_cache(maxsize=16)(self._open_shard)
 
     def _open_shard(self, shard: int) -> tuple[ShardReader, RowPlan]:
         entry = self._manifest.shards(self._split)[shard]
         path = plan_folder(self._manifest, self._format.row_tokens, self._format.row_chars) / f"{entry['name']}.npz"
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                plan = RowPlan(**arrays)
-        except (OSError, ValueError, TypeError) as error:
-            raise ShardError(f"{path}: cannot read the row plan ({error}); remove its folder and plan again") from None
+        check_file(path, sha256=self._plan[shard]["sha256"])
+        with np.load(path, allow_pickle=False) as arrays:
+            plan = RowPlan(**arrays)
         return ShardReader(self._manifest.folder, entry), plan
 
     def pieces(self, address: RowAddress) -> list[Piece]:
@@ -107,14 +116,9 @@ class RowReader:
         return pack(laid_out, self._format.row_tokens, self._format.row_chars)
 
 
-def row_id(address: RowAddress) -> bytes:
-    """A row's identity for the rolling hash: which row of which shard."""
-    return f"{address.shard}:{address.row};".encode()
-
-
 def roll(rolling_hash: str, order: Order, rows: range) -> str:
-    """The rolling hash after consuming `rows`, in their order."""
-    digest = hashlib.sha256(rolling_hash.encode())
+    """The rolling hash after consuming `rows` one by one; before the first row it is the manifest's hash."""
     for g in rows:
-        digest.update(row_id(order.locate(g)))
-    return digest.hexdigest()
+        address = order.locate(g)
+        rolling_hash = hashlib.sha256(f"{rolling_hash} {address.shard} {address.row}".encode()).hexdigest()
+    return rolling_hash

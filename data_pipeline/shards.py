@@ -75,6 +75,7 @@ class ShardWriter:
         self._split = split
         self._tokenizer = tokenizer
         self._shard_bytes = shard_bytes
+        self._member_bytes = min(_MEMBER_BYTES, shard_bytes)
         self._token_type = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
         self._member = _Member()
         self._members: list[_Member] = []
@@ -88,7 +89,7 @@ class ShardWriter:
         self._member.pieces.append(piece)
         self._member.origins.append(document.origin)
         self._member.text_bytes += len(piece.chars)
-        if self._member.text_bytes >= _MEMBER_BYTES or len(self._member.pieces) >= _MEMBER_DOCUMENTS:
+        if self._member.text_bytes >= self._member_bytes or len(self._member.pieces) >= _MEMBER_DOCUMENTS:
             self._end_member()
             if sum(m.text_bytes for m in self._members) >= self._shard_bytes:
                 self._end_shard()
@@ -185,6 +186,9 @@ class Manifest:
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else None
             raise ShardError(f"{path}: format {found}, this program reads {FORMAT}; prepare the shards anew")
+        missing = {"splits", "segmentation", "segmentation_hash", "tokenizer_hash"} - content.keys()
+        if missing:
+            raise ShardError(f"{path}: lacks {', '.join(sorted(missing))}; prepare the shards anew")
         return cls(Path(folder), content, hashlib.sha256(data).hexdigest())
 
     def shards(self, split: str) -> list[dict[str, Any]]:
@@ -225,7 +229,7 @@ class Manifest:
             ShardError: the index is missing or not the one that was written.
         """
         path = self.folder / f"{shard['name']}.index.npz"
-        _check_file(path, None, shard["index_sha256"])
+        check_file(path, sha256=shard["index_sha256"])
         with np.load(path, allow_pickle=False) as arrays:
             return DocumentLengths(**{key: arrays[key] for key in _LENGTHS})
 
@@ -249,7 +253,12 @@ def write_manifest(
     replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
 
-def _check_file(path: Path, size: int | None, sha256: str | None) -> None:
+def check_file(path: Path, size: int | None = None, sha256: str | None = None) -> None:
+    """Compare a file with the size and hash that were recorded when it was written.
+
+    Raises:
+        ShardError: it is missing or differs.
+    """
     try:
         found = path.stat().st_size
         if size is not None and found != size:
@@ -257,7 +266,7 @@ def _check_file(path: Path, size: int | None, sha256: str | None) -> None:
         if sha256 is not None and sha256_of(path) != sha256:
             raise ShardError(f"{path}: its content is not what was written (sha256 differs); copy or prepare it anew")
     except OSError as error:
-        raise ShardError(f"{path}: cannot read ({error.strerror}); the manifest names it, copy it here again") from None
+        raise ShardError(f"{path}: cannot read ({error.strerror}); it belongs to the shards, copy it here") from None
 
 
 class ShardReader:
@@ -267,9 +276,9 @@ class ShardReader:
         ShardError: the tar is missing, torn or not the one that was written.
     """
 
-    def __init__(self, folder: Path, entry: dict[str, Any], verify: bool = True):
+    def __init__(self, folder: Path, entry: dict[str, Any]):
         self._path = folder / f"{entry['name']}.tar"
-        _check_file(self._path, entry["bytes"], entry["sha256"] if verify else None)
+        check_file(self._path, entry["bytes"], entry["sha256"])
         with open(self._path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with tarfile.open(self._path) as tar:

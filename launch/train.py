@@ -3,8 +3,11 @@
 import argparse
 import os
 import sys
+import time
 
 from data_pipeline.errors import UserError
+
+_LET_RANK_0_SPEAK_SECONDS = 4.0
 
 
 def main() -> int:
@@ -23,8 +26,10 @@ def main() -> int:
 
         train(config, arguments.resume)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            # Most mistakes meet every rank alike: rank 0 names them and the launcher ends the others meanwhile.
+            time.sleep(_LET_RANK_0_SPEAK_SECONDS)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     return 0
 

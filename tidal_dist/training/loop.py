@@ -92,7 +92,7 @@ def train(config: Config, resume: bool = False) -> None:
         ckpt.TOKENIZER: (manifest.folder / "tokenizer.json").read_bytes(),
         ckpt.PROBE: probe_bytes(probe),
     }
-    step, rolling_hash, best, seconds_before = 0, "", -math.inf, 0.0
+    step, rolling_hash, best, seconds_before = 0, manifest.hash, -math.inf, 0.0
     metrics: dict[str, float] = {}
     if newest:
         state = ckpt.load_checkpoint(engine, newest, identity)
