@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data_pipeline.errors import ShardError
-from data_pipeline.layout import IGNORED, Slots, padding, stack
+from data_pipeline.layout import IGNORED, NO_DOCUMENT, Slots, padding, stack
 from data_pipeline.ordering import Order, RowAddress, rows_of_rank
 from data_pipeline.rows import RowReader
 
@@ -39,6 +39,14 @@ class Batch:
     def label_count(self) -> int:
         """Number of supervised labels."""
         return int((self.labels != IGNORED).sum())
+
+    def byte_count(self) -> int:
+        """Number of supervised bytes: labels without end marks."""
+        return int(((self.labels >= 0) & (self.labels < 256)).sum())
+
+    def token_count(self) -> int:
+        """Number of token slots that are no padding."""
+        return int((self.tokens.document != NO_DOCUMENT).sum())
 
 
 def batch_of_rows(rows: list[tuple[Slots, Slots, np.ndarray]]) -> Batch:

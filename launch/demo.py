@@ -100,7 +100,7 @@ def exact_match(folder: Path, problems: list[tuple[str, str]]) -> float:
     """Share of (prompt, answer) that the exported model answers exactly, `<eos>` included."""
     exported = load_export(folder)
     decoder = Decoder(exported.model, exported.tokenizer)
-    results = decoder.generate_in_batches([p for p, _ in problems], GREEDY, Limits(), batch_size=250)
+    results = decoder.generate_in_batches([p for p, _ in problems], GREEDY, Limits(max_bytes=16), batch_size=250)
     right = [r.text == answer and r.finish == "eos" for r, (_, answer) in zip(results, problems, strict=True)]
     return sum(right) / len(right)
 

@@ -10,14 +10,19 @@ from data_pipeline.errors import UserError
 _LET_RANK_0_SPEAK_SECONDS = 4.0
 
 
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--config", required=True, help="YAML file of the run")
+    arguments.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    arguments.add_argument("--local_rank", type=int, help="set by the launcher")
+    arguments.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configuration")
+    return arguments
+
+
 def main() -> int:
     """Train; 0, or 2 for an error the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
-    parser.add_argument("--local_rank", type=int, help="set by the launcher")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configuration")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     try:
         from tidal_dist.config import load_config
 

@@ -14,7 +14,7 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0, 2 for an error the user can mend, 130 after an interrupt."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         return arguments.command(arguments)
     except UserError as error:
@@ -27,9 +27,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tidal", description="Train and run the TidalTransformer.")
-    commands = parser.add_subparsers(metavar="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """The commands and their arguments."""
+    root = argparse.ArgumentParser(prog="tidal", description="Train and run the TidalTransformer.")
+    commands = root.add_subparsers(metavar="command", required=True)
 
     def add(name: str, command: Command, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--blocks", type=int, default=1024, help="blocks of the document (default: %(default)s)")
     bench.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configuration")
-    return parser
+    return root
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
@@ -84,6 +85,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count on")
     sub.add_argument("--max-bytes", type=int, default=256, help="longest continuation (default: %(default)s)")
     sub.add_argument("--batch-size", type=int, default=64, help="prompts at a time (default: %(default)s)")
+    sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     sub.add_argument("--trace", action="store_true", help="show each block: chars, turned text, tokens, positions")
 
 
@@ -169,7 +171,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     _check_range("--seed", arguments.seed, 0, 2**62)
     prompts = _prompts(arguments)
     exported = load_export(arguments.export)
-    decoder = Decoder(exported.model, exported.tokenizer)
+    device = _device(arguments.device)
+    decoder = Decoder(exported.model.to(device), exported.tokenizer, device)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     results = decoder.generate_in_batches(prompts, sampling, Limits(arguments.max_bytes), arguments.batch_size)
     for prompt, result in zip(prompts, results, strict=True):
@@ -178,6 +181,18 @@ def _generate(arguments: argparse.Namespace) -> int:
         else:
             print(as_text(prompt, result, arguments.trace), flush=True)
     return 0
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available ({str(error).splitlines()[0]}); try --device cpu") from None
+    return name
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

@@ -118,12 +118,6 @@ class Config(Section):
     validation: ValidationConfig = ValidationConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to DeepSpeed's own config")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "Config":
-        if self.data.row_chars < self.segmentation.max_block_bytes + 1 and self.data.row_chars < 8:
-            raise ValueError(f"data.row_chars {self.data.row_chars} leaves no room for a block")
-        return self
-
     def to_yaml(self) -> str:
         """The resolved configuration: every key with its value."""
         return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False)

@@ -10,7 +10,7 @@ import torch
 
 from tidal_dist.config import load_config
 from tidal_dist.errors import CheckpointError
-from tidal_dist.export.package import Provenance, write_export
+from tidal_dist.export.package import PROBE, TOKENIZER, TRAINING, Provenance, write_export
 from tidal_dist.training import checkpoint as ckpt
 
 
@@ -53,8 +53,7 @@ def export(path: Path, out: Path, which: str = "best") -> dict[str, Any]:
         weights,
         config.model,
         config.segmentation,
-        checkpoint / ckpt.TOKENIZER,
-        checkpoint / ckpt.PROBE,
+        {TOKENIZER: checkpoint / ckpt.TOKENIZER, PROBE: checkpoint / ckpt.PROBE, TRAINING: checkpoint / ckpt.CONFIG},
         Provenance(checkpoint=str(checkpoint), **provenance),
     )
     return {
@@ -69,10 +68,10 @@ def export(path: Path, out: Path, which: str = "best") -> dict[str, Any]:
 
 def _consolidated(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All weights in float32, put together from the ranks' partitions."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     try:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints its progress
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
             state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     except (OSError, ValueError, AssertionError, RuntimeError, KeyError, EOFError) as error:
         reason = " ".join(str(error).split())

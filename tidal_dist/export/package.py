@@ -3,6 +3,7 @@
 model.safetensors   weights in float32
 tokenizer.json      the BPE
 probe.safetensors   a batch whose loss the checkpoint stored
+training.yaml       the configuration of the training
 config.json         model, segmentation, provenance, and size and sha256 of the other files; written last
 """
 
@@ -10,10 +11,9 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -26,9 +26,11 @@ from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.probe import load_probe, probe_loss
 
 FORMAT = 1
-MODEL, TOKENIZER, PROBE, CONFIG = "model.safetensors", "tokenizer.json", "probe.safetensors", "config.json"
-# Sums in another order (other batch shapes, threads, ranks) move a float32 loss by about 1e-6.
-_PROBE_TOLERANCE = 1e-4
+MODEL, TOKENIZER, PROBE, TRAINING = "model.safetensors", "tokenizer.json", "probe.safetensors", "training.yaml"
+CONFIG = "config.json"
+# Sums in another order (other kernels, threads, ranks) move a float32 loss by about 1e-6, a bf16 one by about 1e-3.
+_PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Provenance:
     manifest_hash: str
     tokenizer_hash: str
     segmentation_hash: str
+    precision: Literal["fp32", "bf16"]
     probe_loss: float
     metrics: dict[str, float]
 
@@ -60,11 +63,13 @@ def write_export(
     weights: dict[str, torch.Tensor],
     model: ModelConfig,
     segmentation: SegmentationConfig,
-    tokenizer_file: Path,
-    probe_file: Path,
+    files: dict[str, Path],
     provenance: Provenance,
 ) -> float:
     """Write an export and prove that it repeats the checkpoint's probe loss, which it returns. `out` appears whole.
+
+    Args:
+        files: the files to copy, by their names here: tokeniser, probe batch, configuration of the training.
 
     Raises:
         ExportError: `out` exists, or the loss differs.
@@ -76,9 +81,9 @@ def write_export(
     try:
         partial.mkdir(parents=True)
         save_file(weights, partial / MODEL)
-        shutil.copyfile(tokenizer_file, partial / TOKENIZER)
-        shutil.copyfile(probe_file, partial / PROBE)
-        names = (MODEL, TOKENIZER, PROBE)
+        for name, source in files.items():
+            shutil.copyfile(source, partial / name)
+        names = (MODEL, *files)
         content = {
             "format": FORMAT,
             "model": model.model_dump(),
@@ -113,7 +118,9 @@ def load_export(folder: str | Path) -> Exported:
         segmentation = SegmentationConfig.model_validate(content["segmentation"])
         config = ModelConfig.model_validate(content["model"])
         provenance = Provenance(**content["provenance"])
-    except (ValidationError, TypeError) as error:
+        if provenance.precision not in _DTYPE:
+            raise ValueError(f"precision {provenance.precision}")
+    except (ValueError, TypeError) as error:
         raise ExportError(f"{folder / CONFIG}: not a configuration this program knows ({error})") from None
     tokenizer = MixedTokenizer.load(folder / TOKENIZER, segmentation)
     for what, found_hash, expected_hash in (
@@ -132,18 +139,18 @@ def load_export(folder: str | Path) -> Exported:
 
 
 def verify_export(folder: Path) -> float:
-    """Check an export's files by their hashes and repeat its probe batch; the loss.
+    """Check an export's files by their hashes and repeat its probe batch in the training's precision; the loss.
 
     Raises:
         ExportError: a file is not the one that was written, or the loss differs from the checkpoint's.
     """
-    for name, expected in _read_config(folder)["files"].items():
-        if (folder / name).is_file() and sha256_of(folder / name) != expected["sha256"]:
+    for name, recorded in _read_config(folder)["files"].items():
+        if (folder / name).is_file() and sha256_of(folder / name) != recorded["sha256"]:
             raise ExportError(f"{folder / name}: its content is not what was written; export the checkpoint anew")
     exported = load_export(folder)
-    loss = probe_loss(exported.model, load_probe(folder / PROBE), "cpu")
-    expected = exported.provenance.probe_loss
-    if not abs(loss - expected) <= _PROBE_TOLERANCE * max(1.0, abs(expected)):
+    precision, expected = exported.provenance.precision, exported.provenance.probe_loss
+    loss = probe_loss(exported.model.to(_DTYPE[precision]), load_probe(folder / PROBE), "cpu")
+    if not abs(loss - expected) <= _PROBE_TOLERANCE[precision] * max(1.0, abs(expected)):
         raise ExportError(f"{folder}: the probe batch's loss is {loss:.6f}, the checkpoint's was {expected:.6f}")
     return loss
 

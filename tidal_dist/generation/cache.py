@@ -1,10 +1,8 @@
 """What a generation keeps between passes: keys and values of tokens, and those of the chars of the block at hand.
 
-B sequences, H heads, D head width. Token j of a sequence is kept in slot j, char c of its block in slot c; a new
-block's `<bob>` makes the chars of the block before it invisible.
+B sequences, H heads, D head width. Token j of a sequence is kept in slot j, char c of its block in slot c: the next
+block's chars take the slots of the finished one's, and until they do, `may_see` hides what is left of those.
 """
-
-from dataclasses import replace
 
 import torch
 
@@ -65,10 +63,6 @@ class Cache:
 
     def extend_slots(self, tokens: Slots, chars: Slots) -> tuple[Slots, Slots]:
         """Take up this pass's slots; the slots of all keys, cached and new."""
-        if self._chars.slots is not None:
-            begins = ((chars.document != NO_DOCUMENT) & (chars.index == 0)).any(dim=1)
-            document = self._chars.slots.document.masked_fill(begins[:, None], NO_DOCUMENT)
-            self._chars.slots = replace(self._chars.slots, document=document)
         return self._tokens.extend_slots(tokens), self._chars.extend_slots(chars)
 
     def extend(self, layer: int, tokens: KeysValues, chars: KeysValues | None) -> tuple[KeysValues, KeysValues | None]:

@@ -3,19 +3,21 @@
 import torch
 
 
-def rope_angles(position: torch.Tensor, head_width: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of rotary position embedding (Su et al. 2021), each (B, 1, N, D / 2).
+def rope_angles(
+    position: torch.Tensor, head_width: int, base: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of rotary position embedding (Su et al. 2021), each (B, 1, N, D / 2), in `dtype`.
 
-    Positions may be negative. Angles are computed in float32 at least.
+    Positions may be negative. Angles are computed in float64: bf16 could not tell large positions apart.
     """
     frequency = base ** (-torch.arange(0, head_width, 2, device=position.device, dtype=torch.float64) / head_width)
-    angle = (position[:, None, :, None].double() * frequency).to(torch.get_default_dtype())
-    return angle.cos(), angle.sin()
+    angle = position[:, None, :, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotate the halves of the head width as pairs. x: (B, H, N, D)."""
-    cos, sin = (a.to(x.dtype) for a in angles)
+    cos, sin = angles
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
@@ -27,11 +29,14 @@ def alibi_slopes(n_heads: int) -> torch.Tensor:
     if power < n_heads:
         finer = [2.0 ** (-8.0 * i / (2 * power)) for i in range(1, 2 * power + 1)]
         slopes += finer[0::2][: n_heads - power]
-    return torch.tensor(slopes)
+    return torch.tensor(slopes, dtype=torch.float64)
 
 
-def alibi_bias(query_position: torch.Tensor, key_position: torch.Tensor, n_heads: int) -> torch.Tensor:
+def alibi_bias(
+    query_position: torch.Tensor, key_position: torch.Tensor, n_heads: int, dtype: torch.dtype
+) -> torch.Tensor:
     """Bias -slope_h * |pos_q - pos_k|: (B, H, ..., Q, K) for positions (B, ..., Q, 1) and (B, ..., 1, K)."""
     distance = (query_position - key_position).abs()
-    slopes = alibi_slopes(n_heads).to(distance.device).view(1, -1, *[1] * (distance.dim() - 1))
-    return -slopes * distance[:, None]
+    # In bf16 distances beyond 256 would be rounded before they are multiplied.
+    slopes = alibi_slopes(n_heads).to(distance.device, torch.promote_types(dtype, torch.float32))
+    return (-slopes.view(1, -1, *[1] * (distance.dim() - 1)) * distance[:, None]).to(dtype)

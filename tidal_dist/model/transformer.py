@@ -123,7 +123,7 @@ class Layer(nn.Module):
             outputs.append(attend_tokens(q[:, :, :n_tokens], *token_kv, biases.token))
         if char_kv is not None:
             q_c = q if self.is_last else q[:, :, n_tokens:]
-            outputs.append(attend_chars(q_c, token_kv, char_kv, biases))
+            outputs.append(attend_chars(q_c, token_kv, char_kv, biases.groups))
         # A decoding pass may feed no tokens: the layers below the chars then have nothing to do.
         return torch.cat(outputs, dim=2) if outputs else q
 
@@ -205,7 +205,7 @@ class TidalTransformer(nn.Module):
         if config.encoding != "rope":
             return prepared, None
         position = torch.cat([tokens.position, chars.position], dim=1)
-        return prepared, rope_angles(position, config.width // config.n_heads, config.rope_base)
+        return prepared, rope_angles(position, config.width // config.n_heads, config.rope_base, dtype)
 
     def _hand_off(self, x: torch.Tensor, tokens: Slots, chars: Slots, past: Past | None) -> torch.Tensor:
         """For each char the projected state of the last token before its block, (B, C, width)."""

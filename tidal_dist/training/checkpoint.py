@@ -9,7 +9,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -28,7 +28,8 @@ class TrainingState:
         step: optimizer steps made. rows: rows consumed. rolling_hash: over the consumed rows' identities.
         world: ranks that wrote the checkpoint. order_hash: of everything the order of rows depends on.
         manifest_hash, tokenizer_hash, segmentation_hash: what it was trained with.
-        probe_loss: nats per label of the probe batch, with these weights.
+        precision: "fp32" or "bf16", of weights and activations in training.
+        probe_loss: nats per label of the probe batch, with these weights in this precision.
         metrics: the last validation's figures. train_seconds: spent in training so far.
     """
 
@@ -40,16 +41,20 @@ class TrainingState:
     manifest_hash: str
     tokenizer_hash: str
     segmentation_hash: str
+    precision: Literal["fp32", "bf16"]
     probe_loss: float
     metrics: dict[str, float]
     train_seconds: float
 
 
-def save_checkpoint(engine: Any, folder: Path, state: TrainingState, products: dict[str, bytes], keep: int) -> Path:
-    """Write a checkpoint from all ranks and remove those no longer kept; its folder.
+def save_checkpoint(
+    engine: Any, folder: Path, state: TrainingState, products: dict[str, bytes], is_best: bool, keep: int
+) -> None:
+    """Write a checkpoint from all ranks and remove those no longer kept.
 
     Args:
         products: further files by name: probe batch, configuration, tokeniser.
+        is_best: mark it as the best so far.
         keep: newest checkpoints to keep, beside the best.
     """
     final = folder / f"step-{state.step:08d}"
@@ -67,9 +72,10 @@ def save_checkpoint(engine: Any, folder: Path, state: TrainingState, products: d
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
+        if is_best:
+            replace_file(folder / BEST, json.dumps({"checkpoint": final.name, "metrics": state.metrics}).encode())
         _remove_old(folder, keep)
     dist.barrier()
-    return final
 
 
 def _remove_old(folder: Path, keep: int) -> None:
@@ -83,11 +89,6 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
     found = [p for p in folder.glob("step-*") if _STEP_FOLDER.search(p.name) and (p / STATE).is_file()]
     return sorted(found, key=lambda p: p.name)
-
-
-def mark_best(folder: Path, checkpoint: Path, metrics: dict[str, float]) -> None:
-    """Record a checkpoint as the best so far."""
-    replace_file(folder / BEST, json.dumps({"checkpoint": checkpoint.name, "metrics": metrics}).encode())
 
 
 def best_checkpoint(folder: Path) -> Path | None:

@@ -104,7 +104,7 @@ def train(config: Config, resume: bool = False) -> None:
     stream = iter(step_loader(StepDataset(reader, order, share, step), data.workers, ds.uses_pinned_memory()))
     engine.train()
     started = window_started = time.monotonic()
-    window_labels = window_tokens = window_wait = 0.0
+    window_bytes = window_tokens = window_wait = 0.0
     while step < training.steps:
         waiting = time.monotonic()
         batches = next(stream)
@@ -115,8 +115,8 @@ def train(config: Config, resume: bool = False) -> None:
         loss, labels, gradient_norm = ds.train_step(engine, batches, rate)
         rolling_hash = roll(rolling_hash, order, range(step * training.batch_rows, (step + 1) * training.batch_rows))
         step += 1
-        window_labels += labels
-        window_tokens += sum(int((b.tokens.document > 0).sum()) for b in batches) * world
+        window_bytes += sum(b.byte_count() for b in batches) * world
+        window_tokens += sum(b.token_count() for b in batches) * world
 
         if step % training.log_every_steps == 0 or step == training.steps:
             elapsed = time.monotonic() - window_started
@@ -129,7 +129,7 @@ def train(config: Config, resume: bool = False) -> None:
                     "train/gradient_norm": gradient_norm,
                     "train/labels_per_step": labels,
                     "speed/tokens_per_second": window_tokens / elapsed,
-                    "speed/bytes_per_second": window_labels / elapsed,
+                    "speed/bytes_per_second": window_bytes / elapsed,
                     "speed/seconds_per_step": elapsed / steps,
                     "speed/data_wait_share": window_wait / elapsed,
                     "data/rows": step * training.batch_rows,
@@ -137,7 +137,7 @@ def train(config: Config, resume: bool = False) -> None:
                 },
             )
             monitor.progress(step, {"loss": f"{loss:.4f}", "s/step": f"{elapsed / steps:.3f}"})
-            window_started, window_labels, window_tokens, window_wait = time.monotonic(), 0.0, 0.0, 0.0
+            window_started, window_bytes, window_tokens, window_wait = time.monotonic(), 0.0, 0.0, 0.0
 
         is_last = step == training.steps
         if step % config.validation.every_steps == 0 or is_last:
@@ -150,17 +150,16 @@ def train(config: Config, resume: bool = False) -> None:
                 step=step,
                 rows=step * training.batch_rows,
                 rolling_hash=rolling_hash,
+                precision="bf16" if ds.uses_bf16(training) else "fp32",
                 probe_loss=probe_loss(engine, probe, ds.device()),
                 metrics=metrics,
                 train_seconds=seconds_before + time.monotonic() - started,
                 **identity,
             )
-            saved = ckpt.save_checkpoint(engine, checkpoints, state, products, training.keep_checkpoints)
+            is_best = _quality(metrics) > best
+            best = max(best, _quality(metrics))
+            ckpt.save_checkpoint(engine, checkpoints, state, products, is_best, training.keep_checkpoints)
             monitor.text(step, "data/rolling_hash", rolling_hash)
-            if _quality(metrics) > best:
-                best = _quality(metrics)
-                if rank == 0:
-                    ckpt.mark_best(checkpoints, saved, metrics)
             window_started += time.monotonic() - pausing
     monitor.close()
 

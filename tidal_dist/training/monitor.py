@@ -12,7 +12,9 @@ class Monitor:
     """Writes for rank 0; on other ranks it does nothing."""
 
     def __init__(self, folder: Path, rank: int, first_step: int, steps: int):
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None, flush_secs=10) if rank == 0 else None
+        # What a run wrote after the checkpoint that is resumed from must not stand beside what is written now.
+        purge = first_step + 1 if first_step else None
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10) if rank == 0 else None
         self._bar = None
         if rank == 0 and sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stderr, dynamic_ncols=True)

@@ -67,7 +67,7 @@ def validation_loss(model: Callable[..., torch.Tensor], batches: list[Batch]) ->
     for batch in batches:
         nats += float(model(*_on_device(batch)))
         labels += batch.label_count()
-        chars += int(((batch.labels >= 0) & (batch.labels < 256)).sum())
+        chars += batch.byte_count()
     nats, labels, chars = all_sum(nats), all_sum(labels), all_sum(chars)
     return nats / max(labels, 1), bits_per_byte(nats, chars)
 

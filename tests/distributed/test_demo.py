@@ -1,0 +1,33 @@
+"""The demo's whole path, too short to learn anything."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT, environment, write_config
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_demo_leaves_its_products_and_its_report(tmp_path: Path) -> None:
+    config = write_config(tmp_path, data={"lanes": 2, "shard_bytes": 100_000, "shards": str(tmp_path / "run/shards")})
+    command = [sys.executable, "-m", "launch.demo", "--config", str(config), "--problems", "1000"]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads((tmp_path / "run" / "report.json").read_bytes())
+    assert report["ranks"] == 2
+    assert report["zero_stage"] == 3
+    assert report["activation_checkpointing"] is True
+    assert report["probe_loss_export"] == pytest.approx(report["probe_loss_checkpoint"], rel=1e-5)
+    assert 0 <= report["exact_match_4x4"] <= report["exact_match"] < 0.5
+    assert 0 < report["train_seconds"] < report["total_seconds"]
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"shards", "checkpoints", "tensorboard", "export"}
+    assert "12 + 34 = " in result.stdout
+    assert result.stdout.splitlines()[-2] == str(tmp_path / "run" / "report.json")
+
+    again = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2
+    assert "holds an earlier run" in again.stderr

@@ -1,0 +1,40 @@
+"""An export of a small model with random weights, without any training."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from data_pipeline.segmentation import segmentation_hash
+from tests.builders import document_of, packed, small_model, small_tokenizer
+from tidal_dist.export.package import PROBE, TOKENIZER, TRAINING, Provenance, write_export
+from tidal_dist.model.transformer import TidalTransformer
+from tidal_dist.probe import probe_bytes, probe_loss
+
+
+def write_small_export(out: Path, probe_loss_error: float = 0.0) -> TidalTransformer:
+    """Write an export; the model it holds. `probe_loss_error` makes its recorded loss wrong."""
+    tokenizer = small_tokenizer()
+    model = small_model(tokenizer, dtype=torch.float32).eval()
+    documents = [document_of("the tide 12 + 34"), document_of(" 46", prompt="12 + 34 =")]
+    probe = packed([documents], tokenizer, (48, 48))
+    loss = probe_loss(model, probe, "cpu")
+    with tempfile.TemporaryDirectory() as name:
+        files = {TOKENIZER: Path(name) / "t", PROBE: Path(name) / "p", TRAINING: Path(name) / "c"}
+        tokenizer.save(files[TOKENIZER])
+        files[PROBE].write_bytes(probe_bytes(probe))
+        files[TRAINING].write_text("run_dir: somewhere\n")
+        provenance = Provenance(
+            checkpoint="somewhere/checkpoints/step-00000001",
+            step=1,
+            rows=8,
+            rolling_hash="0" * 64,
+            manifest_hash="1" * 64,
+            tokenizer_hash=tokenizer.hash,
+            segmentation_hash=segmentation_hash(tokenizer.segmentation),
+            precision="fp32",
+            probe_loss=loss + probe_loss_error,
+            metrics={},
+        )
+        write_export(out, model.state_dict(), model.config, tokenizer.segmentation, files, provenance)
+    return model

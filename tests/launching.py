@@ -1,0 +1,142 @@
+"""Starts real training processes through the deepspeed launcher, and the command line as a user does."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tidal_dist.cli import main
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def launch(config: Path, *arguments: str, ranks: int = 2, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    """Run `deepspeed --num_gpus RANKS launch/train.py --config CONFIG ...`; no process outlives it."""
+    command = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    command += [str(ROOT / "launch" / "train.py"), "--config", str(config), *arguments]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def launched(config: Path, *arguments: str, ranks: int = 2) -> str:
+    """Like `launch`, for a run that must succeed; its output."""
+    result = launch(config, *arguments, ranks=ranks)
+    assert result.returncode == 0, result.stdout[-3000:]
+    return result.stdout
+
+
+def error_lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("error:")]
+
+
+def tidal(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run `tidal ...` with standard input, as a process of its own."""
+    command = [sys.executable, "-m", "tidal_dist.cli", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, cwd=ROOT, env=environment(), timeout=300)
+
+
+def tidal_here(*arguments: str | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """The same in this process, which has imported torch already."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        code = main([str(a) for a in arguments])
+    outputs = (stream.buffer.getvalue() for stream in (out, err))  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(arguments, code, *outputs)
+
+
+def tidal_error(*arguments: str | Path, stdin: bytes = b"") -> str:
+    """Run a command that must fail with one clear line and nothing on standard output; the line."""
+    result = tidal_here(*arguments, stdin=stdin)
+    lines = [line for line in result.stderr.decode().splitlines() if line]
+    assert result.returncode == 2, result
+    assert result.stdout == b""
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def scalars(run: Path) -> dict[str, dict[int, float]]:
+    """TensorBoard scalars of a run: name -> step -> value."""
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def write_config(folder: Path, **sections: dict) -> Path:
+    """A complete configuration of a tiny run on sums, with `folder` for everything."""
+    content: dict = {
+        "run_dir": str(folder / "run"),
+        "corpus": {"sources": [{"path": str(folder / "corpus.jsonl"), "format": "jsonl"}], "validation_fraction": 0.1},
+        "tokenizer": {"vocab_size": 270, "sample_bytes": 10_000},
+        "data": {
+            "shards": str(folder / "shards"),
+            "row_tokens": 48,
+            "row_chars": 40,
+            "lanes": 4,
+            "workers": 0,
+            "shard_bytes": 5000,
+        },
+        "model": {"n_layers": 2, "width": 32, "n_heads": 2},
+        "training": {
+            "steps": 6,
+            "batch_rows": 8,
+            "learning_rate": 3e-3,
+            "warmup_steps": 2,
+            "log_every_steps": 1,
+            "save_every_steps": 3,
+        },
+        "validation": {"every_steps": 3, "rows": 8, "prompts": 6, "max_bytes": 16},
+    }
+    for section, values in sections.items():
+        content[section] |= values
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def prepare_sums(folder: Path, count: int = 1500) -> Path:
+    """A configuration whose shards are prepared."""
+    from data_pipeline.arithmetic import write_corpus
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_corpus(folder / "corpus.jsonl", count, seed=1)
+    config = write_config(folder)
+    result = tidal_here("prepare", config, "--json")
+    assert result.returncode == 0, result.stderr.decode()
+    assert json.loads(result.stdout)["splits"]["train"]["rows"] > 40
+    return config
