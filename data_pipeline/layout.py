@@ -10,6 +10,7 @@ start; the labels of a run are the same bytes followed by `<eob>`, or by `<eos>`
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -133,6 +134,12 @@ def piece_of_blocks(
         supervised_from=supervised_from,
         ends_document=ends_document,
     )
+
+
+def blocks_of_piece(piece: Piece) -> list[str]:
+    """The texts of a piece's blocks."""
+    data, ends = piece.chars.tobytes(), np.cumsum(piece.block_bytes).tolist()
+    return [reverse_block(data[start:end]).decode() for start, end in pairwise([0, *ends])]
 
 
 def slot_counts(block_tokens: np.ndarray, block_bytes: np.ndarray, supervised_from: int) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from pydantic import Field
 
 from data_pipeline.corpus import Document
 from data_pipeline.errors import ShardError
-from data_pipeline.files import replace_file, sha256_of, whole_file
+from data_pipeline.files import read_description, replace_file, sha256_of, whole_file
 from data_pipeline.layout import Piece, piece_of_blocks
 from data_pipeline.packing import DocumentLengths
 from data_pipeline.section import Section
@@ -175,20 +175,14 @@ class Manifest:
         Raises:
             ShardError: there is none, or it cannot be read.
         """
-        path = Path(folder) / MANIFEST
-        try:
-            data = path.read_bytes()
-            content = json.loads(data)
-        except FileNotFoundError:
-            raise ShardError(f"{folder}: no {MANIFEST}, so no shards here; run `tidal prepare` first") from None
-        except (OSError, ValueError) as error:
-            raise ShardError(f"{path}: cannot read the manifest ({error}); prepare the shards anew") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, dict) else None
-            raise ShardError(f"{path}: format {found}, this program reads {FORMAT}; prepare the shards anew")
-        missing = {"splits", "segmentation", "segmentation_hash", "tokenizer_hash"} - content.keys()
-        if missing:
-            raise ShardError(f"{path}: lacks {', '.join(sorted(missing))}; prepare the shards anew")
+        content, data = read_description(
+            Path(folder) / MANIFEST,
+            FORMAT,
+            {"splits", "segmentation", "segmentation_hash", "tokenizer_hash"},
+            ShardError,
+            f"{folder}: no {MANIFEST}, so no shards here; run `tidal prepare` first",
+            "prepare the shards anew",
+        )
         return cls(Path(folder), content, hashlib.sha256(data).hexdigest())
 
     def shards(self, split: str) -> list[dict[str, Any]]:

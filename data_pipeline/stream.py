@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data_pipeline.errors import ShardError
+from data_pipeline.errors import ShardError, UserError
 from data_pipeline.layout import IGNORED, NO_DOCUMENT, Slots, padding, stack
 from data_pipeline.ordering import Order, RowAddress, rows_of_rank
 from data_pipeline.rows import RowReader
@@ -104,25 +104,36 @@ class StepDataset(IterableDataset):
         size = len(rows) // share.micro_batches
         return [batch_of_rows(rows[i : i + size]) for i in range(0, len(rows), size)]
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[list[Batch] | UserError]:
         worker = get_worker_info()
         # The loader takes turns between its workers: worker w of W makes steps w, w + W, ...
         step, stride = (self._first + worker.id, worker.num_workers) if worker else (self._first, 1)
         while True:
-            yield self.step(step)
+            try:
+                yield self.step(step)
+            except UserError as error:
+                # Raised in a worker it would reach the user wrapped in a traceback: `load_steps` raises it.
+                yield error
             step += stride
 
 
-def step_loader(dataset: StepDataset, workers: int, pin_memory: bool) -> DataLoader:
-    """A data loader over steps; the order does not depend on the number of workers."""
-    return DataLoader(
+def load_steps(dataset: StepDataset, workers: int, pin_memory: bool) -> Iterator[list[Batch]]:
+    """The steps of a dataset, in an order that does not depend on the number of loader processes.
+
+    Raises:
+        ShardError: a shard is missing or torn.
+    """
+    loader = DataLoader(
         dataset,
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-        persistent_workers=False,
     )
+    for batches in loader:
+        if isinstance(batches, UserError):
+            raise batches
+        yield batches
 
 
 def fixed_batches(reader: RowReader, max_rows: int, rows_per_batch: int, share: tuple[int, int]) -> list[Batch]:

@@ -40,4 +40,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: one of gloo's threads may still be releasing the tensors of the last collective, which takes the
+    # interpreter's lock; if the interpreter is shutting down, that aborts a process whose work is done.
+    os._exit(exit_code)

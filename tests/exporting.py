@@ -7,9 +7,9 @@ import torch
 
 from data_pipeline.segmentation import segmentation_hash
 from tests.builders import document_of, packed, small_model, small_tokenizer
-from tidal_dist.export.package import PROBE, TOKENIZER, TRAINING, Provenance, write_export
+from tidal_dist.export.package import PROBE, TOKENIZER, TRAINING, write_export
 from tidal_dist.model.transformer import TidalTransformer
-from tidal_dist.probe import probe_bytes, probe_loss
+from tidal_dist.provenance import Provenance, probe_bytes, probe_loss
 
 
 def write_small_export(out: Path, probe_loss_error: float = 0.0) -> TidalTransformer:
@@ -25,7 +25,6 @@ def write_small_export(out: Path, probe_loss_error: float = 0.0) -> TidalTransfo
         files[PROBE].write_bytes(probe_bytes(probe))
         files[TRAINING].write_text("run_dir: somewhere\n")
         provenance = Provenance(
-            checkpoint="somewhere/checkpoints/step-00000001",
             step=1,
             rows=8,
             rolling_hash="0" * 64,

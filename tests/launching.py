@@ -80,14 +80,14 @@ def tidal_here(*arguments: str | Path, stdin: bytes = b"") -> subprocess.Complet
 
 
 def tidal_error(*arguments: str | Path, stdin: bytes = b"") -> str:
-    """Run a command that must fail with one clear line and nothing on standard output; the line."""
+    """Run a command that must fail with one clear line, the last, and nothing on standard output; the line."""
     result = tidal_here(*arguments, stdin=stdin)
-    lines = [line for line in result.stderr.decode().splitlines() if line]
+    output = result.stderr.decode()
     assert result.returncode == 2, result
     assert result.stdout == b""
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    assert len(error_lines(output)) == 1, output
+    assert output.splitlines()[-1].startswith("error: ")
+    return output.splitlines()[-1]
 
 
 def scalars(run: Path) -> dict[str, dict[int, float]]:

@@ -164,7 +164,6 @@ def test_all_errors_are_told_at_once(path: Path) -> None:
         (["model.width=66"], "width 66 is not a multiple of n_heads 4"),
         (["model.width=12"], "rope needs an even head width, not 3"),
         (["model.char_layers=5"], "char_layers 5 is more than n_layers 4"),
-        (["data.row_chars=7"], "data.row_chars 7 leaves no room for a block"),
     ],
 )
 def test_settings_that_contradict_each_other(path: Path, overrides: list[str], part: str) -> None:

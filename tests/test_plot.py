@@ -4,12 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.layout import IGNORED, lay_out, pack, padding, piece_of_blocks
-from data_pipeline.segmentation import SegmentationConfig, segment
+from data_pipeline.layout import IGNORED, pack, padding
+from data_pipeline.segmentation import SegmentationConfig
 from data_pipeline.stream import to_torch
 from data_pipeline.tokenizer import MixedTokenizer, TokenizerConfig, train_tokenizer
 from tidal_dist import plot
 from tidal_dist.errors import UserError
+from tidal_dist.inspect import streams
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,7 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 def laid_out(tokenizer: MixedTokenizer, prompt: str, text: str) -> tuple:
-    before = segment(prompt, tokenizer.segmentation)
-    blocks = before + segment(text, tokenizer.segmentation)
-    return lay_out(piece_of_blocks(blocks, tokenizer, len(before)), tokenizer.byte_lengths, "mirrored")
+    return streams(prompt, text, tokenizer, "mirrored")
 
 
 @pytest.mark.parametrize(("prompt", "text"), [("12 + 34 =", " 46"), ("", "The tide 来了 -22 $x$ \t\n")])
@@ -35,7 +34,7 @@ def test_a_document_is_a_png_as_wide_as_a_readme(
     tokenizer: MixedTokenizer, tmp_path: Path, prompt: str, text: str
 ) -> None:
     path = tmp_path / "layout.png"
-    plot.layout_figure_of_text(text, tokenizer, path, prompt=prompt)
+    plot.plot_layout(*laid_out(tokenizer, prompt, text), tokenizer.name, "block", path)
     width, height = png_size(path)
     assert 900 <= width <= 1500
     assert 500 <= height <= 3000
@@ -67,7 +66,7 @@ def test_a_batch_is_refused(tokenizer: MixedTokenizer, tmp_path: Path) -> None:
 def test_a_failed_write_leaves_what_was_there(tokenizer: MixedTokenizer, tmp_path: Path) -> None:
     (tmp_path / "layout.png").mkdir()
     with pytest.raises(UserError):
-        plot.layout_figure_of_text("12", tokenizer, tmp_path / "layout.png")
+        plot.plot_layout(*laid_out(tokenizer, "", "12"), tokenizer.name, "block", tmp_path / "layout.png")
     assert [p.name for p in tmp_path.iterdir()] == ["layout.png"]
 
 

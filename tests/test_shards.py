@@ -383,9 +383,9 @@ def test_no_manifest(tmp_path: Path) -> None:
         ('{"format": 2}', "format 2, this program reads 1"),
         ('{"splits": {}}', "format None"),
         ("[]", "format None"),
-        ('{"format": 1', "cannot read the manifest"),
-        ("", "cannot read the manifest"),
-        ("\x00\x01", "cannot read the manifest"),
+        ('{"format": 1', "manifest.json: cannot read"),
+        ("", "manifest.json: cannot read"),
+        ("\x00\x01", "manifest.json: cannot read"),
     ],
 )
 def test_another_manifest(copied: Manifest, content: str, part: str) -> None:

@@ -1,5 +1,6 @@
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from data_pipeline.layout import IGNORED, NO_PLACE, Slots
 from data_pipeline.ordering import Order, RowAddress
 from data_pipeline.rows import RowFormat, RowReader, roll
 from data_pipeline.shards import Manifest
-from data_pipeline.stream import Batch, Share, StepDataset, fixed_batches, step_loader
+from data_pipeline.stream import Batch, Share, StepDataset, fixed_batches, load_steps
 
 LANES = 8
 ROWS_PER_STEP = 16
@@ -88,7 +89,7 @@ def test_shapes(reader: RowReader, order: Order) -> None:
 def test_workers_do_not_change_the_batches(reader: RowReader, order: Order, first_step: int) -> None:
     count = steps_per_epoch(order) + 3
     runs = [
-        list(islice(step_loader(dataset(reader, order, first_step=first_step), workers, pin_memory=False), count))
+        list(islice(load_steps(dataset(reader, order, first_step=first_step), workers, pin_memory=False), count))
         for workers in (0, 1, 3)
     ]
     assert same(runs[0], runs[1])
@@ -103,7 +104,7 @@ def test_resuming_is_skipping(reader: RowReader, order: Order, workers: int) -> 
     border = steps_per_epoch(order)
     whole = list(islice(dataset(reader, order), 2 * border))
     for k in (1, border - 1, border, border + 1, border + 2):
-        resumed = step_loader(dataset(reader, order, first_step=k), workers, pin_memory=False)
+        resumed = load_steps(dataset(reader, order, first_step=k), workers, pin_memory=False)
         assert same(list(islice(resumed, len(whole) - k)), whole[k:])
 
 
@@ -284,3 +285,17 @@ def test_the_rolling_hash_tells_rows_apart(order: Order) -> None:
     }
     assert len(hashes) == 7
     assert roll("", order, range(16)) == roll("", Order(order.shard_rows, LANES, seed=1), range(16))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_torn_shard_is_one_line_whoever_reads_it(prepare_corpus: Prepare, tmp_path: Path, workers: int) -> None:
+    manifest = prepare_corpus(tmp_path / "shards")
+    reader = RowReader(manifest, "train", manifest.tokenizer(), RowFormat(48, 96), seed=1)
+    order = Order(reader.shard_rows, 2, seed=1)
+    shard = next((tmp_path / "shards" / "train").glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    steps = load_steps(StepDataset(reader, order, Share(2, 1, 0, 1), 0), workers, pin_memory=False)
+    with pytest.raises(ShardError) as caught:
+        next(steps)
+    assert str(caught.value).startswith(f"{shard}: ")
+    assert "Traceback" not in str(caught.value)

@@ -17,15 +17,10 @@ from data_pipeline.layout import (
     IGNORED,
     NO_DOCUMENT,
     NO_PLACE,
-    CharPositions,
     Slots,
     TokenAttention,
-    lay_out,
     may_see,
-    piece_of_blocks,
 )
-from data_pipeline.segmentation import segment
-from data_pipeline.tokenizer import MixedTokenizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,25 +96,6 @@ def plot_layout(
     matrix.draw(axes, *((_MARGIN + left_width, _MARGIN) if beside else (_MARGIN, _MARGIN + left_height)))
     with whole_file(Path(path)) as file:
         figure.savefig(file, format="png")
-
-
-def layout_figure_of_text(
-    text: str,
-    tokenizer: MixedTokenizer,
-    path: str | Path,
-    prompt: str = "",
-    char_positions: CharPositions = "mirrored",
-    token_attention: TokenAttention = "block",
-) -> None:
-    """Draw a document as training sees it: `prompt` is context, `text` is supervised and not empty.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    before = segment(prompt, tokenizer.segmentation)
-    piece = piece_of_blocks(before + segment(text, tokenizer.segmentation), tokenizer, len(before))
-    tokens, chars, labels = lay_out(piece, tokenizer.byte_lengths, char_positions)
-    plot_layout(tokens, chars, labels, tokenizer.name, token_attention, path)
 
 
 def _empty_figure(width: float, height: float) -> "tuple[Figure, Axes]":

@@ -25,7 +25,7 @@ def test_the_demo_leaves_its_products_and_its_report(tmp_path: Path) -> None:
     assert 0 <= report["exact_match_4x4"] <= report["exact_match"] < 0.5
     assert 0 < report["train_seconds"] < report["total_seconds"]
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"shards", "checkpoints", "tensorboard", "export"}
-    assert "12 + 34 = " in result.stdout
+    assert "12 + 34 =" in result.stdout
     assert result.stdout.splitlines()[-2] == str(tmp_path / "run" / "report.json")
 
     again = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)

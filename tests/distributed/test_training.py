@@ -64,7 +64,7 @@ def test_run_leaves_what_a_user_expects(trained: Path) -> None:
     assert sorted(found["validation/loss"]) == [3, 6]
     assert losses(trained)[-1] < losses(trained)[0]
     state = json.loads((trained / "checkpoints" / "step-00000006" / "state.json").read_bytes())
-    assert (state["step"], state["rows"], state["world"]) == (6, 48, 2)
+    assert (state["provenance"]["step"], state["provenance"]["rows"], state["world"]) == (6, 48, 2)
     assert json.loads((trained / "checkpoints" / "best.json").read_bytes())["checkpoint"].startswith("step-")
     assert not list((trained / "checkpoints").glob(".*"))
 
@@ -146,8 +146,8 @@ def test_resumed_run_continues_bit_for_bit(config: Path, tmp_path: Path, dropout
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     states = [json.loads((r / "checkpoints/step-00000006/state.json").read_bytes()) for r in (straight, halves)]
-    assert states[0]["rolling_hash"] == states[1]["rolling_hash"]
-    assert states[0]["probe_loss"] == states[1]["probe_loss"]
+    assert states[0]["provenance"]["rolling_hash"] == states[1]["provenance"]["rolling_hash"]
+    assert states[0]["provenance"]["probe_loss"] == states[1]["provenance"]["probe_loss"]
 
 
 def test_keeps_the_newest_checkpoints_and_the_best(config: Path) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from tidal_dist.config import load_config
 from tidal_dist.errors import CheckpointError
-from tidal_dist.export.package import PROBE, TOKENIZER, TRAINING, Provenance, write_export
+from tidal_dist.export.package import PROBE, TOKENIZER, TRAINING, write_export
 from tidal_dist.training import checkpoint as ckpt
 
 
@@ -47,21 +46,20 @@ def export(path: Path, out: Path, which: str = "best") -> dict[str, Any]:
     state = ckpt.load_state(checkpoint)
     config = load_config(checkpoint / ckpt.CONFIG)
     weights = _consolidated(checkpoint)
-    provenance = {f.name: getattr(state, f.name) for f in fields(Provenance) if f.name != "checkpoint"}
     loss = write_export(
         out,
         weights,
         config.model,
         config.segmentation,
         {TOKENIZER: checkpoint / ckpt.TOKENIZER, PROBE: checkpoint / ckpt.PROBE, TRAINING: checkpoint / ckpt.CONFIG},
-        Provenance(checkpoint=str(checkpoint), **provenance),
+        state.provenance,
     )
     return {
         "export": str(out),
         "checkpoint": str(checkpoint),
-        "step": state.step,
+        "step": state.provenance.step,
         "parameters": sum(w.numel() for w in weights.values()),
-        "probe_loss_checkpoint": state.probe_loss,
+        "probe_loss_checkpoint": state.provenance.probe_loss,
         "probe_loss_export": loss,
     }
 

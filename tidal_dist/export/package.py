@@ -11,19 +11,19 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.files import replace_file, sha256_of
+from data_pipeline.files import read_description, replace_file, sha256_of
 from data_pipeline.segmentation import SegmentationConfig, segmentation_hash
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.config import ModelConfig
 from tidal_dist.errors import ExportError, UserError
 from tidal_dist.model.transformer import TidalTransformer
-from tidal_dist.probe import load_probe, probe_loss
+from tidal_dist.provenance import Provenance, load_probe, probe_loss
 
 FORMAT = 1
 MODEL, TOKENIZER, PROBE, TRAINING = "model.safetensors", "tokenizer.json", "probe.safetensors", "training.yaml"
@@ -31,22 +31,6 @@ CONFIG = "config.json"
 # Sums in another order (other kernels, threads, ranks) move a float32 loss by about 1e-6, a bf16 one by about 1e-3.
 _PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 _DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What an export was made from."""
-
-    checkpoint: str
-    step: int
-    rows: int
-    rolling_hash: str
-    manifest_hash: str
-    tokenizer_hash: str
-    segmentation_hash: str
-    precision: Literal["fp32", "bf16"]
-    probe_loss: float
-    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -156,17 +140,12 @@ def verify_export(folder: Path) -> float:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ExportError(f"{folder}: no {CONFIG}, so no exported model; make one with `tidal export`") from None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: cannot read ({error}); export the checkpoint anew") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else None
-        raise ExportError(f"{path}: format {found}, this program reads {FORMAT}; export the checkpoint anew")
-    missing = {"model", "segmentation", "provenance", "files"} - content.keys()
-    if missing:
-        raise ExportError(f"{path}: lacks {', '.join(sorted(missing))}; export the checkpoint anew")
+    content, _ = read_description(
+        folder / CONFIG,
+        FORMAT,
+        {"model", "segmentation", "provenance", "files"},
+        ExportError,
+        f"{folder}: no {CONFIG}, so no exported model; make one with `tidal export`",
+        "export the checkpoint anew",
+    )
     return content

@@ -9,12 +9,13 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 
 from data_pipeline.files import replace_file
 from tidal_dist.errors import CheckpointError
+from tidal_dist.provenance import Provenance
 
 STATE, PROBE, CONFIG, TOKENIZER, BEST = "state.json", "probe.safetensors", "config.yaml", "tokenizer.json", "best.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8})$")
@@ -25,25 +26,13 @@ class TrainingState:
     """Where training stands, beside weights and optimizer.
 
     Attributes:
-        step: optimizer steps made. rows: rows consumed. rolling_hash: over the consumed rows' identities.
-        world: ranks that wrote the checkpoint. order_hash: of everything the order of rows depends on.
-        manifest_hash, tokenizer_hash, segmentation_hash: what it was trained with.
-        precision: "fp32" or "bf16", of weights and activations in training.
-        probe_loss: nats per label of the probe batch, with these weights in this precision.
-        metrics: the last validation's figures. train_seconds: spent in training so far.
+        provenance: of the weights. world: ranks that wrote the checkpoint.
+        order_hash: of everything that the order of the rows depends on. train_seconds: spent in training so far.
     """
 
-    step: int
-    rows: int
-    rolling_hash: str
+    provenance: Provenance
     world: int
     order_hash: str
-    manifest_hash: str
-    tokenizer_hash: str
-    segmentation_hash: str
-    precision: Literal["fp32", "bf16"]
-    probe_loss: float
-    metrics: dict[str, float]
     train_seconds: float
 
 
@@ -57,7 +46,7 @@ def save_checkpoint(
         is_best: mark it as the best so far.
         keep: newest checkpoints to keep, beside the best.
     """
-    final = folder / f"step-{state.step:08d}"
+    final = folder / f"step-{state.provenance.step:08d}"
     partial = folder / f".{final.name}.partial"
     is_first = dist.get_rank() == 0
     if is_first:
@@ -73,7 +62,9 @@ def save_checkpoint(
             shutil.rmtree(final)
         partial.rename(final)
         if is_best:
-            replace_file(folder / BEST, json.dumps({"checkpoint": final.name, "metrics": state.metrics}).encode())
+            replace_file(
+                folder / BEST, json.dumps({"checkpoint": final.name, "metrics": state.provenance.metrics}).encode()
+            )
         _remove_old(folder, keep)
     dist.barrier()
 
@@ -103,7 +94,7 @@ def best_checkpoint(folder: Path) -> Path | None:
 def best_metrics(folder: Path) -> dict[str, float]:
     """The metrics of the checkpoint marked as best; {} where there is none."""
     best = best_checkpoint(folder)
-    return load_state(best).metrics if best else {}
+    return load_state(best).provenance.metrics if best else {}
 
 
 def load_state(checkpoint: Path) -> TrainingState:
@@ -113,10 +104,11 @@ def load_state(checkpoint: Path) -> TrainingState:
         CheckpointError: it has none, or it cannot be read.
     """
     try:
-        return TrainingState(**json.loads((checkpoint / STATE).read_bytes()))
+        content = json.loads((checkpoint / STATE).read_bytes())
+        return TrainingState(**content | {"provenance": Provenance(**content["provenance"])})
     except FileNotFoundError:
         raise CheckpointError(f"{checkpoint}: no {STATE}, so this is no complete checkpoint") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{checkpoint / STATE}: cannot read ({error}); use an older checkpoint") from None
 
 
@@ -124,16 +116,17 @@ def load_checkpoint(engine: Any, checkpoint: Path, expected: dict[str, Any]) -> 
     """Load weights and optimizer on all ranks; the training state.
 
     Args:
-        expected: fields of the state that must agree with this run, with what each is called in an error.
+        expected: fields of the state or its provenance that must agree with this run.
 
     Raises:
         CheckpointError: the checkpoint belongs to another run or number of ranks.
     """
     state = load_state(checkpoint)
+    found = vars(state.provenance) | vars(state)
     for name, value in expected.items():
-        if getattr(state, name) != value:
+        if found[name] != value:
             raise CheckpointError(
-                f"{checkpoint}: its {name.replace('_', ' ')} is {getattr(state, name)}, this run's is {value}; "
+                f"{checkpoint}: its {name.replace('_', ' ')} is {found[name]}, this run's is {value}; "
                 "resume with what the checkpoint was trained with, or start in another run_dir"
             )
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)

@@ -1,7 +1,9 @@
 """The only place that configures DeepSpeed."""
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -16,15 +18,22 @@ from tidal_dist.errors import ConfigError
 from tidal_dist.model.transformer import Checkpoint
 
 
-def start_process_group(config: TrainingConfig) -> tuple[int, int]:
+@contextmanager
+def process_group(config: TrainingConfig) -> Iterator[tuple[int, int]]:
     """Join the other ranks (NCCL on GPUs, gloo on CPUs); (rank, world size). Sets the CPU threads of this rank."""
+    # DeepSpeed calls them, and nobody who reads the log can change that.
+    warnings.filterwarnings("ignore", r".*(all_gather_into|reduce_scatter)_tensor. is deprecated", FutureWarning)
     if get_accelerator().device_name() == "cpu":
         # On CPUs DeepSpeed would compile, for up to a minute, an all-reduce that only its inference engine calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
         torch.set_num_threads(config.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // local_ranks))
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
-    return dist.get_rank(), dist.get_world_size()
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+        dist.barrier()
+    finally:
+        deepspeed.comm.destroy_process_group()
 
 
 def device() -> torch.device:

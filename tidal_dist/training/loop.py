@@ -13,11 +13,12 @@ from data_pipeline.ordering import Order
 from data_pipeline.rows import RowFormat, RowReader, plan_folder, roll, write_row_plan
 from data_pipeline.segmentation import segmentation_hash
 from data_pipeline.shards import Manifest
-from data_pipeline.stream import Share, StepDataset, fixed_batches, step_loader
+from data_pipeline.stream import Share, StepDataset, fixed_batches, load_steps
+from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.config import Config, TrainingConfig
 from tidal_dist.errors import CheckpointError, ConfigError
 from tidal_dist.model.transformer import TidalTransformer
-from tidal_dist.probe import probe_bytes, probe_loss
+from tidal_dist.provenance import Provenance, probe_bytes, probe_loss
 from tidal_dist.training import checkpoint as ckpt
 from tidal_dist.training import engine as ds
 from tidal_dist.training.monitor import Monitor
@@ -41,18 +42,20 @@ def train(config: Config, resume: bool = False) -> None:
     Raises:
         UserError: configuration, shards or checkpoint do not fit.
     """
-    training, data = config.training, config.data
-    run, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
-    manifest = Manifest.load(data.shards)
+    manifest = Manifest.load(config.data.shards)
     tokenizer = manifest.tokenizer()
     _check_segmentation(config, manifest)
-    rank, world = ds.start_process_group(training)
+    with ds.process_group(config.training) as (rank, world):
+        _train(config, resume, manifest, tokenizer, rank, world)
 
+
+def _train(config: Config, resume: bool, manifest: Manifest, tokenizer: MixedTokenizer, rank: int, world: int) -> None:
+    training, data = config.training, config.data
+    run, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
     if rank == 0:
         if not (plan_folder(manifest, data.row_tokens, data.row_chars) / "plan.json").exists():
             write_row_plan(manifest, data.row_tokens, data.row_chars)
         found = ckpt.complete_checkpoints(checkpoints)
-        replace_file(run / "config.yaml", config.to_yaml().encode())
     else:
         found = []
     newest = ds.gather_objects(found[-1] if found else None)[0]
@@ -60,6 +63,8 @@ def train(config: Config, resume: bool = False) -> None:
         raise CheckpointError(f"{checkpoints}: holds checkpoints of an earlier run; give --resume or another run_dir")
     if resume and not newest:
         raise CheckpointError(f"{checkpoints}: no complete checkpoint to resume from; start without --resume")
+    if rank == 0:
+        replace_file(run / "config.yaml", config.to_yaml().encode())
 
     row_format = RowFormat(data.row_tokens, data.row_chars, config.model.char_positions, config.model.place_shift)
     reader = RowReader(manifest, "train", tokenizer, row_format, data.seed)
@@ -80,13 +85,12 @@ def train(config: Config, resume: bool = False) -> None:
         )
 
     engine = ds.build_engine(config, world, build_model)
-    identity: dict[str, Any] = {
-        "world": world,
+    made_with = {
         "manifest_hash": manifest.hash,
         "tokenizer_hash": tokenizer.hash,
         "segmentation_hash": segmentation_hash(tokenizer.segmentation),
-        "order_hash": _order_hash(config, manifest),
     }
+    order_hash = _order_hash(config, manifest)
     products = {
         ckpt.CONFIG: config.to_yaml().encode(),
         ckpt.TOKENIZER: (manifest.folder / "tokenizer.json").read_bytes(),
@@ -95,13 +99,14 @@ def train(config: Config, resume: bool = False) -> None:
     step, rolling_hash, best, seconds_before = 0, manifest.hash, -math.inf, 0.0
     metrics: dict[str, float] = {}
     if newest:
-        state = ckpt.load_checkpoint(engine, newest, identity)
-        step, rolling_hash, metrics, seconds_before = state.step, state.rolling_hash, state.metrics, state.train_seconds
+        state = ckpt.load_checkpoint(engine, newest, made_with | {"world": world, "order_hash": order_hash})
+        step, rolling_hash, metrics = state.provenance.step, state.provenance.rolling_hash, state.provenance.metrics
+        seconds_before = state.train_seconds
         best = _quality(ckpt.best_metrics(checkpoints))
     monitor = Monitor(run / "tensorboard", rank, step, training.steps)
     monitor.line(f"{world} ranks, {_parameters(engine.module):,} parameters, from step {step} of {training.steps}")
 
-    stream = iter(step_loader(StepDataset(reader, order, share, step), data.workers, ds.uses_pinned_memory()))
+    stream = load_steps(StepDataset(reader, order, share, step), data.workers, ds.uses_pinned_memory())
     engine.train()
     started = window_started = time.monotonic()
     window_bytes = window_tokens = window_wait = 0.0
@@ -146,16 +151,16 @@ def train(config: Config, resume: bool = False) -> None:
             window_started += time.monotonic() - pausing
         if step % training.save_every_steps == 0 or step % config.validation.every_steps == 0 or is_last:
             pausing = time.monotonic()
-            state = ckpt.TrainingState(
+            provenance = Provenance(
                 step=step,
                 rows=step * training.batch_rows,
                 rolling_hash=rolling_hash,
                 precision="bf16" if ds.uses_bf16(training) else "fp32",
                 probe_loss=probe_loss(engine, probe, ds.device()),
                 metrics=metrics,
-                train_seconds=seconds_before + time.monotonic() - started,
-                **identity,
+                **made_with,
             )
+            state = ckpt.TrainingState(provenance, world, order_hash, seconds_before + time.monotonic() - started)
             is_best = _quality(metrics) > best
             best = max(best, _quality(metrics))
             ckpt.save_checkpoint(engine, checkpoints, state, products, is_best, training.keep_checkpoints)

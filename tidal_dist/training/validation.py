@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from data_pipeline.layout import reverse_block
+from data_pipeline.layout import blocks_of_piece
 from data_pipeline.shards import Manifest, ShardReader
 from data_pipeline.stream import Batch
 from data_pipeline.tokenizer import MixedTokenizer
@@ -40,7 +40,7 @@ def generation_tasks(manifest: Manifest, config: ValidationConfig) -> list[Task]
                 if len(found) == config.prompts:
                     return found
                 piece, _ = reader.document(i)
-                blocks = _blocks(piece.chars, piece.block_bytes)
+                blocks = blocks_of_piece(piece)
                 n = piece.supervised_from
                 if n:
                     found.append(Task(blocks[:n], "".join(blocks[n:]), None))
@@ -50,14 +50,6 @@ def generation_tasks(manifest: Manifest, config: ValidationConfig) -> list[Task]
         return found
 
     return tasks()
-
-
-def _blocks(chars: "torch.Tensor | object", sizes: "object") -> list[str]:
-    data, blocks, start = bytes(chars), [], 0  # type: ignore[arg-type]
-    for size in sizes:  # type: ignore[attr-defined]
-        blocks.append(reverse_block(data[start : start + int(size)]).decode())
-        start += int(size)
-    return blocks
 
 
 @torch.no_grad()

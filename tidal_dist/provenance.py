@@ -1,13 +1,37 @@
-"""The probe: a small batch whose loss is stored with the weights and repeated wherever they are loaded."""
+"""What weights were made from, and the probe that proves wherever they are loaded that they are still the same."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save
 
 from data_pipeline.layout import Slots
 from data_pipeline.stream import Batch
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where weights come from.
+
+    Attributes:
+        step: optimizer steps made. rows: rows consumed. rolling_hash: over the consumed rows' identities.
+        manifest_hash, tokenizer_hash, segmentation_hash: what they were trained with.
+        precision: of weights and activations in training.
+        probe_loss: nats per label of the probe batch, with these weights in this precision.
+        metrics: the last validation's figures.
+    """
+
+    step: int
+    rows: int
+    rolling_hash: str
+    manifest_hash: str
+    tokenizer_hash: str
+    segmentation_hash: str
+    precision: Literal["fp32", "bf16"]
+    probe_loss: float
+    metrics: dict[str, float]
 
 
 def probe_bytes(batch: Batch) -> bytes:
