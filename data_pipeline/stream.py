@@ -5,6 +5,7 @@ B rows, T token slots, C char slots. The whole state is the number of rows consu
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -145,7 +146,8 @@ def fixed_batches(reader: RowReader, max_rows: int, rows_per_batch: int, share: 
         share: (rank, world).
     """
     rank, world = share
-    addresses = [RowAddress(0, s, r) for s, rows in enumerate(reader.shard_rows) for r in range(rows)][:max_rows]
+    stored = (RowAddress(0, s, r) for s, rows in enumerate(reader.shard_rows) for r in range(rows))
+    addresses = list(islice(stored, max_rows))
     rows = [reader.row(address, None) for address in addresses[rank::world]]
     if not addresses:
         return []

@@ -64,7 +64,7 @@ def test_run_leaves_what_a_user_expects(trained: Path) -> None:
     assert sorted(found["validation/loss"]) == [3, 6]
     assert losses(trained)[-1] < losses(trained)[0]
     state = json.loads((trained / "checkpoints" / "step-00000006" / "state.json").read_bytes())
-    assert (state["provenance"]["step"], state["provenance"]["rows"], state["world"]) == (6, 48, 2)
+    assert (state["provenance"]["step"], state["provenance"]["rows"], state["ranks"]) == (6, 48, 2)
     assert json.loads((trained / "checkpoints" / "best.json").read_bytes())["checkpoint"].startswith("step-")
     assert not list((trained / "checkpoints").glob(".*"))
 
@@ -164,8 +164,8 @@ def test_keeps_the_newest_checkpoints_and_the_best(config: Path) -> None:
         (["data.shards=/nowhere/shards"], 1, "/nowhere/shards: no manifest.json"),
         (["run_dir=RUN/new", "--resume"], 1, "no complete checkpoint to resume from"),
         ([], 1, "give --resume or another run_dir"),
-        (["--resume"], 1, "its world is 2, this run's is 1"),
-        (["--resume", "data.seed=2"], 2, "its order hash is"),
+        (["--resume"], 1, "ranks 2 there, 1 in this run"),
+        (["--resume", "data.seed=2"], 2, ": order hash "),
         (["run_dir=RUN/new", "data.lanes=3"], 2, "data.lanes=3 is not a multiple of 2 ranks"),
         (["run_dir=RUN/new", "training.batch_rows=6"], 1, "training.batch_rows=6 is not a multiple of data.lanes=4"),
         (["run_dir=RUN/new", "data.row_chars=4"], 1, "data.row_chars"),

@@ -26,12 +26,12 @@ class TrainingState:
     """Where training stands, beside weights and optimizer.
 
     Attributes:
-        provenance: of the weights. world: ranks that wrote the checkpoint.
+        provenance: of the weights. ranks: how many wrote the checkpoint.
         order_hash: of everything that the order of the rows depends on. train_seconds: spent in training so far.
     """
 
     provenance: Provenance
-    world: int
+    ranks: int
     order_hash: str
     train_seconds: float
 
@@ -62,9 +62,8 @@ def save_checkpoint(
             shutil.rmtree(final)
         partial.rename(final)
         if is_best:
-            replace_file(
-                folder / BEST, json.dumps({"checkpoint": final.name, "metrics": state.provenance.metrics}).encode()
-            )
+            best = {"checkpoint": final.name, "metrics": state.provenance.metrics}
+            replace_file(folder / BEST, json.dumps(best).encode())
         _remove_old(folder, keep)
     dist.barrier()
 
@@ -126,7 +125,7 @@ def load_checkpoint(engine: Any, checkpoint: Path, expected: dict[str, Any]) -> 
     for name, value in expected.items():
         if found[name] != value:
             raise CheckpointError(
-                f"{checkpoint}: its {name.replace('_', ' ')} is {found[name]}, this run's is {value}; "
+                f"{checkpoint}: {name.replace('_', ' ')} {found[name]} there, {value} in this run; "
                 "resume with what the checkpoint was trained with, or start in another run_dir"
             )
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)

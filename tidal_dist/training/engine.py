@@ -28,6 +28,7 @@ def process_group(config: TrainingConfig) -> Iterator[tuple[int, int]]:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
         torch.set_num_threads(config.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
     try:
         yield dist.get_rank(), dist.get_world_size()

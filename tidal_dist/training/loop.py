@@ -99,7 +99,7 @@ def _train(config: Config, resume: bool, manifest: Manifest, tokenizer: MixedTok
     step, rolling_hash, best, seconds_before = 0, manifest.hash, -math.inf, 0.0
     metrics: dict[str, float] = {}
     if newest:
-        state = ckpt.load_checkpoint(engine, newest, made_with | {"world": world, "order_hash": order_hash})
+        state = ckpt.load_checkpoint(engine, newest, made_with | {"ranks": world, "order_hash": order_hash})
         step, rolling_hash, metrics = state.provenance.step, state.provenance.rolling_hash, state.provenance.metrics
         seconds_before = state.train_seconds
         best = _quality(ckpt.best_metrics(checkpoints))

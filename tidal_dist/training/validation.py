@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from data_pipeline.layout import blocks_of_piece
+from data_pipeline.layout import Piece, blocks_of_piece
 from data_pipeline.shards import Manifest, ShardReader
 from data_pipeline.stream import Batch
 from data_pipeline.tokenizer import MixedTokenizer
@@ -32,24 +32,21 @@ class Task:
 def generation_tasks(manifest: Manifest, config: ValidationConfig) -> list[Task]:
     """The first held-out documents: answers to prompts; for text without a prompt, the block after its first half."""
 
-    def tasks() -> list[Task]:
-        found: list[Task] = []
-        for entry in manifest.shards("validation"):
-            reader = ShardReader(manifest.folder, entry)
-            for i in range(entry["documents"]):
-                if len(found) == config.prompts:
-                    return found
-                piece, _ = reader.document(i)
-                blocks = blocks_of_piece(piece)
-                n = piece.supervised_from
-                if n:
-                    found.append(Task(blocks[:n], "".join(blocks[n:]), None))
-                else:
-                    n = min(len(blocks) // 2, config.prompt_blocks)
-                    found.append(Task(blocks[:n], blocks[n], 1))
-        return found
+    pieces = (
+        reader.document(i)[0]
+        for entry in manifest.shards("validation")
+        for reader in [ShardReader(manifest.folder, entry)]
+        for i in range(entry["documents"])
+    )
+    return [_task(piece, config.prompt_blocks) for piece in islice(pieces, config.prompts)]
 
-    return tasks()
+
+def _task(piece: Piece, prompt_blocks: int) -> Task:
+    blocks, n = blocks_of_piece(piece), piece.supervised_from
+    if n:
+        return Task(blocks[:n], "".join(blocks[n:]), None)
+    n = min(len(blocks) // 2, prompt_blocks)
+    return Task(blocks[:n], blocks[n], 1)
 
 
 @torch.no_grad()
