@@ -23,4 +23,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,7 +15,8 @@ from data_pipeline.files import replace_file, sha256_of, whole_file
 from data_pipeline.layout import CharPositions, Piece, Slots, lay_out, pack
 from data_pipeline.ordering import Order, RowAddress, row_random
 from data_pipeline.packing import RowPlan, plan_rows
-from data_pipeline.shards import Manifest, ShardReader, check_file
+from data_pipeline.shard_reader import ShardReader
+from data_pipeline.shards import Manifest, check_file
 from data_pipeline.tokenizer import MixedTokenizer
 
 

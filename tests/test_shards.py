@@ -21,7 +21,8 @@ from data_pipeline.packing import RowPlan
 from data_pipeline.prepare import is_validation
 from data_pipeline.rows import RowFormat, RowReader, plan_folder, planned_rows, write_row_plan
 from data_pipeline.segmentation import SegmentationConfig, segment, segmentation_hash
-from data_pipeline.shards import SPLITS, Manifest, ShardReader
+from data_pipeline.shard_reader import ShardReader
+from data_pipeline.shards import SPLITS, Manifest
 from data_pipeline.tokenizer import MixedTokenizer, TokenizerConfig, train_tokenizer
 
 FRACTION = 0.2  # the tiny corpus's validation_fraction

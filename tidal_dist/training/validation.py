@@ -8,7 +8,8 @@ from itertools import islice
 import torch
 
 from data_pipeline.layout import Piece, blocks_of_piece
-from data_pipeline.shards import Manifest, ShardReader
+from data_pipeline.shard_reader import ShardReader
+from data_pipeline.shards import Manifest
 from data_pipeline.stream import Batch
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.config import ValidationConfig
