@@ -25,6 +25,8 @@ def write_small_export(out: Path, probe_loss_error: float = 0.0) -> TidalTransfo
         files[PROBE].write_bytes(probe_bytes(probe))
         files[TRAINING].write_text("run_dir: somewhere\n")
         provenance = Provenance(
+            run="somewhere",
+            config_hash="2" * 64,
             step=1,
             rows=8,
             rolling_hash="0" * 64,

@@ -16,6 +16,7 @@ class Provenance:
     """Where weights come from.
 
     Attributes:
+        run: the run's folder. config_hash: sha256 of its resolved configuration.
         step: optimizer steps made. rows: rows consumed. rolling_hash: over the consumed rows' identities.
         manifest_hash, tokenizer_hash, segmentation_hash: what they were trained with.
         precision: of weights and activations in training.
@@ -23,6 +24,8 @@ class Provenance:
         metrics: the last validation's figures.
     """
 
+    run: str
+    config_hash: str
     step: int
     rows: int
     rolling_hash: str

@@ -1,5 +1,6 @@
 """Training as users start it: the deepspeed launcher, ZeRO-3, two real ranks."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -63,8 +64,11 @@ def test_run_leaves_what_a_user_expects(trained: Path) -> None:
     assert sorted(found["train/loss"]) == [1, 2, 3, 4, 5, 6]
     assert sorted(found["validation/loss"]) == [3, 6]
     assert losses(trained)[-1] < losses(trained)[0]
+    resolved = (trained / "config.yaml").read_bytes()
     state = json.loads((trained / "checkpoints" / "step-00000006" / "state.json").read_bytes())
     assert (state["provenance"]["step"], state["provenance"]["rows"], state["ranks"]) == (6, 48, 2)
+    assert state["provenance"]["run"] == str(trained)
+    assert state["provenance"]["config_hash"] == hashlib.sha256(resolved).hexdigest()
     assert json.loads((trained / "checkpoints" / "best.json").read_bytes())["checkpoint"].startswith("step-")
     assert not list((trained / "checkpoints").glob(".*"))
 

@@ -152,6 +152,8 @@ def _train(config: Config, resume: bool, manifest: Manifest, tokenizer: MixedTok
         if step % training.save_every_steps == 0 or step % config.validation.every_steps == 0 or is_last:
             pausing = time.monotonic()
             provenance = Provenance(
+                run=config.run_dir,
+                config_hash=hashlib.sha256(products[ckpt.CONFIG]).hexdigest(),
                 step=step,
                 rows=step * training.batch_rows,
                 rolling_hash=rolling_hash,
