@@ -56,25 +56,22 @@ class _Sequence:
         self.generator = torch.Generator().manual_seed(sampling.seed)
         self.result = Generation()
         self.finished = limits.max_blocks == 0
-        self._n_blocks = self._n_tokens = 0
+        self._n_blocks, self._n_tokens = 0, 1  # `<bos>` stands before the first block
         self._written = bytearray()
         self._positions: list[int] = []
         self._new_tokens: Slots | None = concatenate([bos_slot(), self._take(blocks)])
-        self._n_tokens += 1
 
     def _take(self, blocks: Sequence[str]) -> Slots:
         """Slots of finished blocks, which become context."""
         tokenizer = self._decoder.tokenizer
         encoded = [tokenizer.encode_block(block) for block in blocks]
         ids = np.array([i for block in encoded for i in block], dtype=np.int64)
-        # `<bos>` stands before token 1.
-        start_pos = max(self._n_tokens, 1)
         slots = token_slots(
             ids,
             np.array([len(block) for block in encoded], dtype=np.int64),
             tokenizer.byte_lengths[ids],
             first_block=self._n_blocks,
-            start_pos=start_pos,
+            start_pos=self._n_tokens,
         )
         self._n_blocks += len(blocks)
         self._n_tokens += len(ids)

@@ -174,9 +174,8 @@ class TidalTransformer(nn.Module):
         if labels is None:
             return self.output(hidden)
         supervised = labels != IGNORED
-        logits = (
-            self.output(hidden[supervised]).float() if x.dtype != torch.float64 else self.output(hidden[supervised])
-        )
+        # Sums of many small probabilities need more than bf16.
+        logits = self.output(hidden[supervised]).to(torch.promote_types(hidden.dtype, torch.float32))
         return F.cross_entropy(logits, labels[supervised], reduction="sum")
 
     def _run(self, layer: nn.Module, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
