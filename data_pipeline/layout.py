@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_pipeline.segmentation import segment
 from data_pipeline.tokenizer import BOB, BOS, EOB, EOS, PAD, MixedTokenizer
 
 CharPositions = Literal["mirrored", "forward"]
@@ -134,6 +135,12 @@ def piece_of_blocks(
         supervised_from=supervised_from,
         ends_document=ends_document,
     )
+
+
+def piece_of_text(prompt: str, text: str, tokenizer: MixedTokenizer) -> Piece:
+    """The piece of a whole document; `prompt` and `text` are segmented apart, and only `text` is supervised."""
+    before = segment(prompt, tokenizer.segmentation)
+    return piece_of_blocks(before + segment(text, tokenizer.segmentation), tokenizer, len(before))
 
 
 def blocks_of_piece(piece: Piece) -> list[str]:

@@ -28,10 +28,10 @@ from pydantic import Field
 from data_pipeline.corpus import Document
 from data_pipeline.errors import ShardError
 from data_pipeline.files import read_description, replace_file, sha256_of, whole_file
-from data_pipeline.layout import Piece, piece_of_blocks
+from data_pipeline.layout import Piece, piece_of_text
 from data_pipeline.packing import DocumentLengths
 from data_pipeline.section import Section
-from data_pipeline.segmentation import SegmentationConfig, segment, segmentation_hash
+from data_pipeline.segmentation import SegmentationConfig, segmentation_hash
 from data_pipeline.tokenizer import MixedTokenizer
 
 FORMAT = 1
@@ -79,9 +79,7 @@ class ShardWriter:
 
     def write(self, document: Document) -> None:
         """Add a document."""
-        segmentation = self._tokenizer.segmentation
-        prompt = segment(document.prompt, segmentation)
-        piece = piece_of_blocks(prompt + segment(document.text, segmentation), self._tokenizer, len(prompt))
+        piece = piece_of_text(document.prompt, document.text, self._tokenizer)
         self._member.pieces.append(piece)
         self._member.origins.append(document.origin)
         self._member.text_bytes += len(piece.chars)
@@ -108,10 +106,10 @@ class ShardWriter:
 
         name = f"shard-{len(self.entries):06d}"
         path = self._folder / f"{name}.tar"
-        with whole_file(path) as file, webdataset.TarWriter(file, mtime=0) as tar:
-            for number, member in enumerate(self._members):
-                tar.write({"__key__": f"{number:06d}"} | self._arrays(member) | _origins(member))
         all_arrays = [self._arrays(member) for member in self._members]
+        with whole_file(path) as file, webdataset.TarWriter(file, mtime=0) as tar:
+            for number, (member, arrays) in enumerate(zip(self._members, all_arrays, strict=True)):
+                tar.write({"__key__": f"{number:06d}"} | arrays | _origins(member))
         lengths = {key: np.concatenate([a[f"{key}.npy"] for a in all_arrays]) for key in _LENGTHS}
         index = self._folder / f"{name}.index.npz"
         with whole_file(index) as file:

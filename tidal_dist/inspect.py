@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.layout import CharPositions, Slots, TokenAttention, lay_out, piece_of_blocks
-from data_pipeline.segmentation import segment
+from data_pipeline.layout import CharPositions, Slots, TokenAttention, lay_out, piece_of_text
 from data_pipeline.shards import MANIFEST, Manifest
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.config import load_config
@@ -31,9 +30,7 @@ def streams(
     prompt: str, text: str, tokenizer: MixedTokenizer, char_positions: CharPositions
 ) -> tuple[Slots, Slots, np.ndarray]:
     """Token stream, char stream and labels of one document."""
-    prompt_blocks = segment(prompt, tokenizer.segmentation)
-    piece = piece_of_blocks(prompt_blocks + segment(text, tokenizer.segmentation), tokenizer, len(prompt_blocks))
-    return lay_out(piece, tokenizer.byte_lengths, char_positions)
+    return lay_out(piece_of_text(prompt, text, tokenizer), tokenizer.byte_lengths, char_positions)
 
 
 def streams_as_text(

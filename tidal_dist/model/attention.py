@@ -58,13 +58,22 @@ class Scoring:
 
 def bias(query: Slots, key: Slots, scoring: Scoring) -> torch.Tensor:
     """Bias of every query slot to every key slot, (B, 1 or H, Q, K)."""
-    query, key = query.queries(), key.keys()
-    visible = may_see(query, key, scoring.token_attention)[:, None]
+    return _bias(_visible(query, key, scoring), query, key, scoring)
+
+
+def _visible(query: Slots, key: Slots, scoring: Scoring) -> torch.Tensor:
+    """Who sees whom, (B, Q, K) bool."""
+    return may_see(query.queries(), key.keys(), scoring.token_attention)
+
+
+def _bias(visible: torch.Tensor, query: Slots, key: Slots, scoring: Scoring) -> torch.Tensor:
+    visible = visible[:, None]
     # Finite, so that a slot that sees nothing (padding) gets no NaN; half the range, so that adding cannot overflow.
     floor = torch.finfo(scoring.dtype).min / 2
     if scoring.alibi_heads is None:
         return torch.zeros(visible.shape, dtype=scoring.dtype, device=visible.device).masked_fill_(~visible, floor)
-    return alibi_bias(query.position, key.position, scoring.alibi_heads, scoring.dtype).masked_fill_(~visible, floor)
+    positions = query.position[:, :, None], key.position[:, None, :]
+    return alibi_bias(*positions, scoring.alibi_heads, scoring.dtype).masked_fill_(~visible, floor)
 
 
 def biases(
@@ -84,19 +93,19 @@ def biases(
         asking = slice(start, min(start + size, n_chars))
         asked = slice(max(start - longest_run, 0), asking.stop) if n_keys == n_chars else slice(0, n_keys)
         query = chars.map(lambda a, s=asking: a[:, s])
-        seen = _seen(query, key_tokens, scoring)
-        on_tokens = bias(query, key_tokens.map(lambda a, s=seen: a[:, s]), scoring)
+        visible = _visible(query, key_tokens, scoring)
+        seen = _seen(visible)
+        on_tokens = _bias(visible[:, :, seen], query, key_tokens.map(lambda a, s=seen: a[:, s]), scoring)
         on_chars = bias(query, key_chars.map(lambda a, s=asked: a[:, s]), scoring)
         groups.append(Group(asking, seen, asked, torch.cat([on_tokens, on_chars], dim=-1)))
     return Biases(bias(tokens, key_tokens, scoring), groups)
 
 
-def _seen(query: Slots, key: Slots, scoring: Scoring) -> slice:
+def _seen(visible: torch.Tensor) -> slice:
     """From the first to the last key that any query sees; on a GPU all keys, since asking would wait for it."""
-    n_keys = key.ids.shape[1]
-    if key.ids.device.type != "cpu":
-        return slice(0, n_keys)
-    columns = may_see(query.queries(), key.keys(), scoring.token_attention).any(dim=1).any(dim=0).nonzero()
+    if visible.device.type != "cpu":
+        return slice(0, visible.shape[2])
+    columns = visible.any(dim=1).any(dim=0).nonzero()
     return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 0)
 
 

@@ -101,7 +101,7 @@ def validation_generation(
             joins += result.off_canonical_joins
             blocks += len(result.blocks)
             examples.append(f"`{''.join(task.prompt)[-60:]!r}` -> `{result.text!r}` (reference `{task.reference!r}`)")
-    gathered = gather_objects(list(islice(examples, 8)))
+    gathered = gather_objects(examples[:8])
     return GenerationQuality(
         exact_match=all_sum(right) / max(len(tasks), 1),
         off_canonical_joins_per_block=all_sum(joins) / max(all_sum(blocks), 1),
