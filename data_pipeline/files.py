@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +31,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             f"{path}: cannot write ({error.strerror or error}); free space or choose another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where its folder cannot be, there is no temporary file either.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, data: bytes) -> None:

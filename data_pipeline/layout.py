@@ -72,6 +72,10 @@ class Slots:
         """The same slots with `function` applied to every array."""
         return Slots(self.stream, **{name: function(array) for name, array in self.arrays().items()})
 
+    def at(self, where: Any) -> "Slots":
+        """The slots at an index, in a slice, or where a mask of the first axis is true."""
+        return self.map(lambda array: array[where])
+
     def queries(self) -> "Slots":
         """Slots whose arrays have a last axis of 1, for broadcasting against `keys()`."""
         return self.map(lambda array: array[..., :, None])
@@ -141,6 +145,18 @@ def piece_of_text(prompt: str, text: str, tokenizer: MixedTokenizer) -> Piece:
     """The piece of a whole document; `prompt` and `text` are segmented apart, and only `text` is supervised."""
     before = segment(prompt, tokenizer.segmentation)
     return piece_of_blocks(before + segment(text, tokenizer.segmentation), tokenizer, len(before))
+
+
+def beginning(piece: Piece, end: int) -> Piece:
+    """The blocks of a piece before block `end`; where that leaves some out, the document does not end there."""
+    return replace(
+        piece,
+        tokens=piece.tokens[: piece.block_tokens[:end].sum()],
+        chars=piece.chars[: piece.block_bytes[:end].sum()],
+        block_tokens=piece.block_tokens[:end],
+        block_bytes=piece.block_bytes[:end],
+        ends_document=piece.ends_document and end >= len(piece.block_bytes),
+    )
 
 
 def blocks_of_piece(piece: Piece) -> list[str]:
@@ -261,6 +277,15 @@ def lay_out(
     if place_shift:
         tokens, chars = shift_places(tokens, place_shift), shift_places(chars, place_shift)
     return tokens, chars, labels
+
+
+def alone(row: tuple[Slots, Slots, np.ndarray], document: int) -> tuple[Slots, Slots, np.ndarray]:
+    """One document of a packed row, as the row's only one and without padding."""
+    tokens, chars, labels = row
+    own = chars.document == document
+    streams = (tokens.at(tokens.document == document), chars.at(own))
+    first, second = (replace(s, document=np.ones_like(s.document)) for s in streams)
+    return first, second, labels[own]
 
 
 def shift_places(slots: Slots, shift: int) -> Slots:

@@ -102,6 +102,16 @@ class RowReader:
         reader, plan = self._open(address.shard)
         return [reader.piece(*piece) for piece in plan.pieces(address.row)]
 
+    def documents(self, address: RowAddress) -> list[tuple[str, int]]:
+        """Of each piece of a row: where its document stands and comes from, and its first block there."""
+        reader, plan = self._open(address.shard)
+        shard = self._manifest.shards(self._split)[address.shard]["name"]
+        found = []
+        for number, first, _ in plan.pieces(address.row):
+            file, line = reader.document(number)[1]
+            found.append((f"{shard} document {number} ({file}:{line})", first))
+        return found
+
     def row(self, address: RowAddress, g: int | None) -> tuple[Slots, Slots, np.ndarray]:
         """One row's tokens (T,), chars (C,) and labels (C,); `g` seeds the shift of places, None means no shift."""
         rng = row_random(self._seed, g) if g is not None and self._format.place_shift else None

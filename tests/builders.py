@@ -12,8 +12,8 @@ from data_pipeline.packing import DocumentLengths, plan_rows
 from data_pipeline.segmentation import SegmentationConfig, segment
 from data_pipeline.stream import Batch, batch_of_rows
 from data_pipeline.tokenizer import MixedTokenizer, TokenizerConfig, train_tokenizer
-from tests.oracle import Document
 from tidal_dist.config import ModelConfig
+from tidal_dist.doctor.oracle import Document
 from tidal_dist.model.transformer import TidalTransformer
 
 TEXTS = (

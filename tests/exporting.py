@@ -1,11 +1,14 @@
-"""An export of a small model with random weights, without any training."""
+"""Exports of models with random weights, without any training."""
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data_pipeline.segmentation import segmentation_hash
+from data_pipeline.stream import Batch
+from data_pipeline.tokenizer import MixedTokenizer
 from tests.builders import document_of, packed, small_model, small_tokenizer
 from tidal_dist.export.package import PROBE, TOKENIZER, TRAINING, write_export
 from tidal_dist.model.transformer import TidalTransformer
@@ -18,24 +21,42 @@ def write_small_export(out: Path, probe_loss_error: float = 0.0) -> TidalTransfo
     model = small_model(tokenizer, dtype=torch.float32).eval()
     documents = [document_of("the tide 12 + 34"), document_of(" 46", prompt="12 + 34 =")]
     probe = packed([documents], tokenizer, (48, 48))
-    loss = probe_loss(model, probe, "cpu")
+    write_export_of(out, model, tokenizer, probe, "run_dir: somewhere\n", probe_loss_error=probe_loss_error)
+    return model
+
+
+def write_export_of(
+    out: Path,
+    model: TidalTransformer,
+    tokenizer: MixedTokenizer,
+    probe: Batch,
+    training: str,
+    probe_loss_error: float = 0.0,
+    **provenance: Any,
+) -> None:
+    """Write an export of a float32 model.
+
+    Args:
+        training: the configuration of the training, as YAML.
+        provenance: fields of `Provenance` that are not to have the values below.
+    """
+    fields = {
+        "run": "somewhere",
+        "config_hash": "2" * 64,
+        "step": 1,
+        "rows": 8,
+        "rolling_hash": "0" * 64,
+        "manifest_hash": "1" * 64,
+        "tokenizer_hash": tokenizer.hash,
+        "segmentation_hash": segmentation_hash(tokenizer.segmentation),
+        "precision": "fp32",
+        "probe_loss": probe_loss(model, probe, "cpu") + probe_loss_error,
+        "metrics": {},
+    }
     with tempfile.TemporaryDirectory() as name:
         files = {TOKENIZER: Path(name) / "t", PROBE: Path(name) / "p", TRAINING: Path(name) / "c"}
         tokenizer.save(files[TOKENIZER])
         files[PROBE].write_bytes(probe_bytes(probe))
-        files[TRAINING].write_text("run_dir: somewhere\n")
-        provenance = Provenance(
-            run="somewhere",
-            config_hash="2" * 64,
-            step=1,
-            rows=8,
-            rolling_hash="0" * 64,
-            manifest_hash="1" * 64,
-            tokenizer_hash=tokenizer.hash,
-            segmentation_hash=segmentation_hash(tokenizer.segmentation),
-            precision="fp32",
-            probe_loss=loss + probe_loss_error,
-            metrics={},
-        )
-        write_export(out, model.state_dict(), model.config, tokenizer.segmentation, files, provenance)
-    return model
+        files[TRAINING].write_text(training)
+        made = Provenance(**fields | provenance)  # type: ignore[arg-type]
+        write_export(out, model.state_dict(), model.config, tokenizer.segmentation, files, made)

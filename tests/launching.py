@@ -97,6 +97,13 @@ def scalars(run: Path) -> dict[str, dict[int, float]]:
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
+def images(run: Path) -> dict[str, dict[int, bytes]]:
+    """TensorBoard images of a run: name -> step -> PNG."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    return {tag: {e.step: e.encoded_image_string for e in events.Images(tag)} for tag in events.Tags()["images"]}
+
+
 def write_config(folder: Path, **sections: dict) -> Path:
     """A complete configuration of a tiny run on sums, with `folder` for everything."""
     content: dict = {

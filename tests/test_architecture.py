@@ -121,7 +121,12 @@ def test_only_few_modules_import_deepspeed() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [m for m in modules_in("tidal_dist.generation", "tidal_dist.model", "tidal_dist.doctor", "data_pipeline")]
+    [
+        m
+        for m in modules_in(
+            "tidal_dist.generation", "tidal_dist.model", "tidal_dist.doctor", "tidal_dist.inspection", "data_pipeline"
+        )
+    ]
     + [
         m
         for m in ("tidal_dist.config", "tidal_dist.errors", "tidal_dist.cli", "tidal_dist.export.package")
@@ -142,6 +147,11 @@ def test_the_model_imports_only_what_is_below_it() -> None:
 def test_generation_imports_nothing_of_training() -> None:
     above = [f"tidal_dist.{name}" for name in ("training", "doctor", "bench", "cli")]
     assert not offenders(modules_in("tidal_dist.generation"), *above)
+
+
+def test_inspection_computes_no_more_than_a_pass() -> None:
+    above = [f"tidal_dist.{name}" for name in ("generation", "doctor", "bench", "cli", "training.engine")]
+    assert not offenders(modules_in("tidal_dist.inspection"), *above)
 
 
 def test_training_generates_only_in_validation() -> None:

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from data_pipeline.layout import (
     IGNORED,
     Slots,
+    alone,
+    beginning,
+    blocks_of_piece,
     char_slots,
     lay_out,
     may_see,
@@ -274,6 +277,31 @@ def test_packing_lays_documents_end_to_end_and_pads(
             expected = np.concatenate([getattr(part[stream], name) for part in laid_out])
             assert getattr(row, name)[:used].tolist() == expected.tolist(), name
     assert labels.tolist() == [i for _, _, y in laid_out for i in y] + [IGNORED] * free_chars
+
+
+@settings(max_examples=30)
+@given(st.lists(documents(), min_size=1, max_size=4))
+def test_a_document_of_a_row_alone_is_as_it_was_laid_out(parts: list[tuple[list[str], int]]):
+    laid_out = [lay_out(piece_of_blocks(blocks, TOKENIZER, s), LENGTHS, "mirrored") for blocks, s in parts]
+    shape = [sum(len(part[i].ids) for part in laid_out) + 3 for i in (0, 1)]
+    row = pack(laid_out, *shape)
+    for number, part in enumerate(laid_out, 1):
+        found = alone(row, number)
+        assert found[2].tolist() == part[2].tolist()
+        for ours, theirs in zip(found[:2], part[:2], strict=True):
+            assert {n: a.tolist() for n, a in ours.arrays().items()} == {
+                n: a.tolist() for n, a in theirs.arrays().items()
+            }
+
+
+@given(blocks_of_text, st.integers(1, 8))
+def test_the_beginning_of_a_piece_is_the_piece_of_its_first_blocks(blocks: list[str], end: int):
+    cut = beginning(piece_of_blocks(blocks, TOKENIZER), end)
+    expected = piece_of_blocks(blocks[:end], TOKENIZER, ends_document=end >= len(blocks))
+    assert blocks_of_piece(cut) == blocks[:end]
+    assert cut.ends_document == expected.ends_document
+    assert cut.tokens.tolist() == expected.tokens.tolist()
+    assert cut.block_tokens.tolist() == expected.block_tokens.tolist()
 
 
 def test_shift_leaves_padding_without_place():

@@ -1,9 +1,12 @@
 """What a person watches while training."""
 
+import io
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tidal_dist.training.monitor import Monitor
@@ -42,6 +45,7 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
     monitor.line("a line")
     monitor.scalars(1, {"a": 1.0})
     monitor.text(1, "a", "b")
+    monitor.image(1, "a", b"")
     monitor.close()
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "none").exists()
@@ -57,3 +61,17 @@ def test_curves_stay_continuous_after_a_resume(tmp_path: Path) -> None:
         resumed.scalars(step, {"loss": 1.0})
     resumed.close()
     assert [step for step, _ in scalars(tmp_path, "loss")] == list(range(1, 9))
+
+
+def test_a_picture_keeps_its_pixels(tmp_path: Path) -> None:
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, format="png")
+    monitor = Monitor(tmp_path, 0, 0, 10)
+    monitor.image(5, "picture", png.getvalue())
+    monitor.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (event,) = events.Images("picture")
+    assert event.step == 5
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), pixels)

@@ -9,10 +9,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.layout import IGNORED
-from tests import oracle
 from tests.builders import document_of, packed, planned, small_model, small_tokenizer
-from tests.oracle import Sample
 from tidal_dist.config import ModelConfig
+from tidal_dist.doctor import oracle
+from tidal_dist.doctor.oracle import Sample
 from tidal_dist.model.transformer import TidalTransformer
 
 TOKENIZER = small_tokenizer()

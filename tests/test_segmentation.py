@@ -144,6 +144,15 @@ def test_segmentation_is_a_function(text: str, config: SegmentationConfig) -> No
     assert segment(text, SegmentationConfig(**config.model_dump())) == first
 
 
+@given(texts, st.integers(5, 40), st.integers(1, 3))
+def test_what_ends_with_a_block_is_cut_alike(text: str, max_block_bytes: int, max_unspaced_chars: int) -> None:
+    """A prompt that ends where a block ends has the blocks of the longer text: 5 bytes hold a space and any letter."""
+    config = SegmentationConfig(max_block_bytes=max_block_bytes, max_unspaced_chars=max_unspaced_chars)
+    blocks = segment(text, config)
+    for n in range(len(blocks)):
+        assert segment("".join(blocks[:n]), config) == blocks[:n]
+
+
 @given(texts)
 def test_no_number_is_torn_from_its_sign(text: str) -> None:
     """A block that starts with a digit never follows a lone sign."""

@@ -13,7 +13,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0, 2 for an error the user can mend, 130 after an interrupt."""
+    """Run a command; 0, 1 if it found a fault, 2 for an error the user can mend, 130 after an interrupt."""
     arguments = parser().parse_args(argv)
     try:
         return arguments.command(arguments)
@@ -58,11 +58,9 @@ def parser() -> argparse.ArgumentParser:
 
     _add_generate(add("generate", _generate, "Continue prompts with an exported model."))
 
-    inspect = add("inspect", _inspect, "Show a document as the model sees it.")
-    inspect.add_argument("source", type=Path, help="an export or a shard folder, for its tokeniser")
-    inspect.add_argument("--prompt", default="", help="context that is not supervised")
-    inspect.add_argument("--text", required=True, help="supervised text")
-    inspect.add_argument("--plot", type=Path, metavar="PNG", help="also draw the streams and who sees whom")
+    _add_inspect(add("inspect", _inspect, "Show one document as the model sees it."))
+
+    _add_doctor(add("doctor", _doctor, "Examine a model and its shards: ten suspects for bad text."))
 
     bench = add("bench", _bench, "Measure against a named baseline in the same run.")
     bench.add_argument("what", choices=["layout"], help="layout: the one-pass step against one sample per block")
@@ -87,6 +85,34 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch-size", type=int, default=64, help="prompts at a time (default: %(default)s)")
     sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     sub.add_argument("--trace", action="store_true", help="show each block: chars, turned text, tokens, positions")
+
+
+def _add_inspect(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", type=Path, help="a shard folder, or an export")
+    sub.add_argument("--document", type=int, metavar="N", help="a document of the shards, from 0")
+    sub.add_argument("--split", choices=["train", "validation"], help="of the document; default: train")
+    sub.add_argument("--piece", type=int, metavar="K", help="of a document that training cuts, from 0")
+    sub.add_argument("--text", help="instead of a document: this text")
+    sub.add_argument("--prompt", help="what precedes the text, and is not supervised")
+    sub.add_argument("--model", type=Path, metavar="EXPORT", help="also show what this model says of it")
+    sub.add_argument("--plot", type=Path, metavar="PNG", help="also draw it; with a model two more, named after this")
+
+
+def _add_doctor(sub: argparse.ArgumentParser) -> None:
+    from tidal_dist.doctor.sizes import DEFAULT_SIZES
+
+    sub.add_argument("source", type=Path, help="an export, a checkpoint, or a run (its best checkpoint)")
+    sub.add_argument("--data", type=Path, required=True, metavar="SHARDS", help="the shards it was trained on")
+    sub.add_argument("--html", type=Path, metavar="FILE", help="also write a page with pictures")
+    sizes = {
+        "documents": "documents to decode",
+        "blocks": "blocks of each document",
+        "rows": "rows of the shards to read",
+    }
+    for name, text in sizes.items():
+        default = getattr(DEFAULT_SIZES, name)
+        sub.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
+    sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
 
 
 def _log(text: str) -> None:
@@ -217,22 +243,59 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from tidal_dist.generation.prompts import check_prompt
-    from tidal_dist.inspect import load_for_inspection, streams, streams_as_text
+    _check_inspect(arguments)
+    from tidal_dist.inspection.document import given_text, open_source, stored_document
+    from tidal_dist.inspection.reading import read
+    from tidal_dist.inspection.report import as_object, without_nan
+    from tidal_dist.inspection.text import as_text, wants_colour
 
-    for name in ("prompt", "text"):
-        check_prompt(getattr(arguments, name), f"--{name}")
-    if not arguments.text:
-        raise UserError("--text is empty; there is nothing to show")
-    tokenizer, char_positions, token_attention = load_for_inspection(arguments.source)
-    laid_out = streams(arguments.prompt, arguments.text, tokenizer, char_positions)
+    source = open_source(arguments.source, arguments.model)
+    if arguments.text is None:
+        shown = stored_document(source, arguments.split or "train", arguments.document, arguments.piece)
+    else:
+        shown = given_text(source, arguments.prompt or "", arguments.text)
+    reading = read(source.model, shown) if source.model is not None else None
     if arguments.plot:
-        from tidal_dist.plot import plot_layout
+        from tidal_dist.inspection.pictures import draw
 
-        plot_layout(*laid_out, tokenizer.name, token_attention, arguments.plot)
-        _log(f"wrote {arguments.plot}")
-    report, text = streams_as_text(*laid_out, tokenizer.name)
-    return _report(arguments, report, text)
+        draw(source, shown, reading, arguments.plot, _log)
+    report = as_object(shown, source.tokenizer.name, reading)
+    return _report(arguments, without_nan(report), as_text(report, wants_colour(sys.stdout)))
+
+
+def _check_inspect(arguments: argparse.Namespace) -> None:
+    from tidal_dist.generation.prompts import check_prompt
+
+    if (arguments.document is None) == (arguments.text is None):
+        raise UserError("give either --document N, of a shard folder, or --text T")
+    owners = {"split": "document", "piece": "document", "prompt": "text"}
+    for name, owner in owners.items():
+        if getattr(arguments, name) is not None and getattr(arguments, owner) is None:
+            raise UserError(f"--{name} goes with --{owner}; leave it out")
+    for name in ("document", "piece"):
+        _check_range(f"--{name}", getattr(arguments, name) or 0, 0, float("inf"))
+    for name in ("prompt", "text"):
+        check_prompt(getattr(arguments, name) or "", f"--{name}")
+    if arguments.text == "":
+        raise UserError("--text is empty; there is nothing to show")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from tidal_dist.doctor.examine import examine
+    from tidal_dist.doctor.page import write_page
+    from tidal_dist.doctor.sizes import Sizes
+    from tidal_dist.doctor.subject import load_subject
+
+    for name in ("documents", "blocks", "rows"):
+        _check_range(f"--{name}", getattr(arguments, name), 1, float("inf"))
+    subject = load_subject(arguments.source, arguments.data, _device(arguments.device))
+    sizes = Sizes(arguments.documents, arguments.blocks, arguments.rows)
+    report, evidence = examine(subject, sizes, _log if sys.stderr.isatty() else bool)
+    if arguments.html:
+        write_page(report, evidence, arguments.html)
+        _log(f"wrote {arguments.html}")
+    _report(arguments, report.as_object(), report.as_text())
+    return 0 if report.holds else 1
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from data_pipeline.ordering import Order
 from data_pipeline.rows import RowFormat, RowReader
 from data_pipeline.shards import Manifest
 from data_pipeline.stream import Share, StepDataset
-from tests.launching import error_lines, launch, launched, prepare_sums, scalars, tidal
+from tests.launching import error_lines, images, launch, launched, prepare_sums, scalars, tidal
 from tidal_dist.config import load_config
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.training.loop import learning_rate
@@ -64,6 +64,12 @@ def test_run_leaves_what_a_user_expects(trained: Path) -> None:
     assert sorted(found["train/loss"]) == [1, 2, 3, 4, 5, 6]
     assert sorted(found["validation/loss"]) == [3, 6]
     assert losses(trained)[-1] < losses(trained)[0]
+    pictures = images(trained)
+    assert set(pictures) == {"validation/layout", "validation/attention", "validation/loss_by_char"}
+    for by_step in pictures.values():
+        assert sorted(by_step) == [3, 6]
+        assert all(png.startswith(b"\x89PNG") for png in by_step.values())
+    assert pictures["validation/attention"][3] != pictures["validation/attention"][6]
     resolved = (trained / "config.yaml").read_bytes()
     state = json.loads((trained / "checkpoints" / "step-00000006" / "state.json").read_bytes())
     assert (state["provenance"]["step"], state["provenance"]["rows"], state["ranks"]) == (6, 48, 2)

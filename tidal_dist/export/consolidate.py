@@ -45,7 +45,7 @@ def export(path: Path, out: Path, which: str = "best") -> dict[str, Any]:
     checkpoint = find_checkpoint(path, which)
     state = ckpt.load_state(checkpoint)
     config = load_config(checkpoint / ckpt.CONFIG)
-    weights = _consolidated(checkpoint)
+    weights = consolidated_weights(checkpoint)
     loss = write_export(
         out,
         weights,
@@ -64,13 +64,19 @@ def export(path: Path, out: Path, which: str = "best") -> dict[str, Any]:
     }
 
 
-def _consolidated(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All weights in float32, put together from the ranks' partitions."""
+def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All weights in float32, put together from the ranks' partitions.
+
+    Raises:
+        CheckpointError: files are missing or torn, or DeepSpeed is not installed.
+    """
     try:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints its progress
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
             state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f"{checkpoint}: reading a checkpoint needs {error.name}; install it, or export") from None
     except (OSError, ValueError, AssertionError, RuntimeError, KeyError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint}: files are missing or torn ({reason}); use another checkpoint") from None

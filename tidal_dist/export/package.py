@@ -29,8 +29,8 @@ FORMAT = 1
 MODEL, TOKENIZER, PROBE, TRAINING = "model.safetensors", "tokenizer.json", "probe.safetensors", "training.yaml"
 CONFIG = "config.json"
 # Sums in another order (other kernels, threads, ranks) move a float32 loss by about 1e-6, a bf16 one by about 1e-3.
-_PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
-_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def load_export(folder: str | Path) -> Exported:
         segmentation = SegmentationConfig.model_validate(content["segmentation"])
         config = ModelConfig.model_validate(content["model"])
         provenance = Provenance(**content["provenance"])
-        if provenance.precision not in _DTYPE:
+        if provenance.precision not in TORCH_DTYPE:
             raise ValueError(f"precision {provenance.precision}")
     except (ValueError, TypeError) as error:
         raise ExportError(f"{folder / CONFIG}: not a configuration this program knows ({error})") from None
@@ -113,13 +113,25 @@ def load_export(folder: str | Path) -> Exported:
     ):
         if found_hash != expected_hash:
             raise ExportError(f"{folder}: its {what} is not the one of the training; export the checkpoint anew")
-    with torch.device("meta"):
-        model = TidalTransformer(config, tokenizer.vocab_size, segmentation.max_block_bytes)
     try:
-        model.load_state_dict(load_file(folder / MODEL), strict=True, assign=True)
+        model = model_of_weights(config, tokenizer, load_file(folder / MODEL))
     except (SafetensorError, RuntimeError) as error:
         raise ExportError(f"{folder / MODEL}: {' '.join(str(error).split())}; export the checkpoint anew") from None
-    return Exported(model.eval(), tokenizer, provenance)
+    return Exported(model, tokenizer, provenance)
+
+
+def model_of_weights(
+    config: ModelConfig, tokenizer: MixedTokenizer, weights: dict[str, torch.Tensor]
+) -> TidalTransformer:
+    """A model on the CPU, in evaluation mode, that holds `weights` without copying them.
+
+    Raises:
+        RuntimeError: weights are missing, unexpected or of another shape.
+    """
+    with torch.device("meta"):
+        model = TidalTransformer(config, tokenizer.vocab_size, tokenizer.segmentation.max_block_bytes)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()
 
 
 def verify_export(folder: Path) -> float:
@@ -133,8 +145,8 @@ def verify_export(folder: Path) -> float:
             raise ExportError(f"{folder / name}: its content is not what was written; export the checkpoint anew")
     exported = load_export(folder)
     precision, expected = exported.provenance.precision, exported.provenance.probe_loss
-    loss = probe_loss(exported.model.to(_DTYPE[precision]), load_probe(folder / PROBE), "cpu")
-    if not abs(loss - expected) <= _PROBE_TOLERANCE[precision] * max(1.0, abs(expected)):
+    loss = probe_loss(exported.model.to(TORCH_DTYPE[precision]), load_probe(folder / PROBE), "cpu")
+    if not abs(loss - expected) <= PROBE_TOLERANCE[precision] * max(1.0, abs(expected)):
         raise ExportError(f"{folder}: the probe batch's loss is {loss:.6f}, the checkpoint's was {expected:.6f}")
     return loss
 

@@ -98,17 +98,21 @@ class Layer(nn.Module):
     ) -> torch.Tensor:
         """(B, N, width) -> (B, N, width); from the last layer only the chars, since nothing reads its tokens."""
         h = self.attention_norm(x)
-        k, v = (self._heads(part) for part in self.key_value(h).chunk(2, dim=-1))
+        keys, values = self.key_value(h).chunk(2, dim=-1)
         n_asking = x.shape[1] - n_tokens if self.is_last else x.shape[1]
         x, h = x[:, -n_asking:], h[:, -n_asking:]
-        q = self._heads(self.query(h))
-        if angles is not None:
-            n = k.shape[2]
-            k = rotate(k, (angles[0][:, :, :n], angles[1][:, :, :n]))
-            q = rotate(q, (angles[0][:, :, n - n_asking : n], angles[1][:, :, n - n_asking : n]))
-        y = self._attend(q, k, v, n_tokens, biases, past)
+        q, k = self.queries_and_keys(self.query(h), keys, angles)
+        y = self._attend(q, k, self._heads(values), n_tokens, biases, past)
         x = x + self._drop(self.out(y.transpose(1, 2).flatten(2)))
         return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+    def queries_and_keys(self, queries: torch.Tensor, keys: torch.Tensor, angles: KeysValues | None) -> KeysValues:
+        """The last Q of N slots ask: (B, Q, width) and (B, N, width) -> (B, H, Q, D) and (B, H, N, D), rotated."""
+        q, k = self._heads(queries), self._heads(keys)
+        if angles is None:
+            return q, k
+        (cos, sin), n, first = angles, k.shape[2], k.shape[2] - q.shape[2]
+        return rotate(q, (cos[:, :, first:n], sin[:, :, first:n])), rotate(k, (cos[:, :, :n], sin[:, :, :n]))
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_tokens: int, biases: Biases, past: Past | None
@@ -162,7 +166,7 @@ class TidalTransformer(nn.Module):
         config = self.config
         n_tokens = tokens.ids.shape[1]
         x = self._embed(tokens)
-        prepared = self._prepare(tokens, chars, x.dtype, past)
+        prepared = self.prepare(tokens, chars, x.dtype, past)
         for i, layer in enumerate(self.layers):
             if i == config.n_layers - config.char_depth:
                 entering = self._embed(chars)
@@ -192,7 +196,7 @@ class TidalTransformer(nn.Module):
         x = x * self.config.width**0.5
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
 
-    def _prepare(
+    def prepare(
         self, tokens: Slots, chars: Slots, dtype: torch.dtype, past: Past | None
     ) -> tuple[Biases, KeysValues | None]:
         """Biases and rotary angles, once for all layers."""

@@ -16,6 +16,7 @@ from data_pipeline.stream import Batch
 from tidal_dist.config import Config, TrainingConfig
 from tidal_dist.errors import ConfigError
 from tidal_dist.model.transformer import Checkpoint
+from tidal_dist.training.loss import loss_scale
 
 
 @contextmanager
@@ -114,21 +115,19 @@ def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimize
 def train_step(engine: Any, batches: list[Batch], learning_rate: float) -> tuple[float, int, float]:
     """One optimizer step on this rank's micro-batches: global loss in nats per label, labels, gradient norm.
 
-    The loss is normalised by the labels of the whole global batch. DeepSpeed averages gradients over the ranks, so
-    each rank's sum is multiplied by their number.
+    DeepSpeed averages gradients over the ranks, which `loss_scale` reckons with.
     """
-    world = dist.get_world_size()
-    labels = all_sum(sum(b.label_count() for b in batches))
+    scale, labels = loss_scale(sum(b.label_count() for b in batches), dist.get_world_size(), all_sum)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     nats = 0.0
     for batch in batches:
         batch = batch.to(device())
         loss = engine(batch.tokens, batch.chars, batch.labels)
-        engine.backward(loss * (world / max(labels, 1)), scale_wrt_gas=False)
+        engine.backward(loss * scale, scale_wrt_gas=False)
         nats += loss.item()
         engine.step()
-    return all_sum(nats) / max(labels, 1), int(labels), float(engine.get_global_grad_norm() or 0.0)
+    return all_sum(nats) / max(labels, 1), labels, float(engine.get_global_grad_norm() or 0.0)
 
 
 def all_sum(value: float) -> float:

@@ -22,7 +22,13 @@ from tidal_dist.provenance import Provenance, probe_bytes, probe_loss
 from tidal_dist.training import checkpoint as ckpt
 from tidal_dist.training import engine as ds
 from tidal_dist.training.monitor import Monitor
-from tidal_dist.training.validation import generation_tasks, validation_generation, validation_loss
+from tidal_dist.training.validation import (
+    generation_tasks,
+    pictured_document,
+    validation_generation,
+    validation_loss,
+    validation_pictures,
+)
 
 _PROBE_ROWS = 4
 
@@ -74,6 +80,7 @@ def _train(config: Config, resume: bool, manifest: Manifest, tokenizer: MixedTok
     share.check(data.lanes)
     micro_rows = training.batch_rows // world // training.accumulation_steps
     validation_batches = fixed_batches(held_out, config.validation.rows, micro_rows, (rank, world))
+    pictured = pictured_document(held_out, tokenizer, config.model.char_positions) if validation_batches else None
     probe_source = held_out if sum(held_out.shard_rows) else reader
     probe = fixed_batches(probe_source, _PROBE_ROWS, _PROBE_ROWS, (0, 1))[0]
     tasks = generation_tasks(manifest, config.validation)
@@ -147,7 +154,9 @@ def _train(config: Config, resume: bool, manifest: Manifest, tokenizer: MixedTok
         is_last = step == training.steps
         if step % config.validation.every_steps == 0 or is_last:
             pausing = time.monotonic()
-            metrics = _validate(engine, tokenizer, validation_batches, tasks, config, (rank, world), monitor, step)
+            metrics = _validate(
+                engine, tokenizer, validation_batches, pictured, tasks, config, (rank, world), monitor, step
+            )
             window_started += time.monotonic() - pausing
         if step % training.save_every_steps == 0 or step % config.validation.every_steps == 0 or is_last:
             pausing = time.monotonic()
@@ -175,6 +184,7 @@ def _validate(
     engine: Any,
     tokenizer: Any,
     batches: list[Any],
+    pictured: Any,
     tasks: list[Any],
     config: Config,
     share: tuple[int, int],
@@ -187,6 +197,7 @@ def _validate(
     engine.eval()
     loss, bits = validation_loss(engine, batches)
     quality = validation_generation(engine.module, tokenizer, tasks, share, config.validation.max_bytes)
+    pictures = validation_pictures(engine.module, tokenizer, pictured, draws=share[0] == 0)
     engine.train()
     metrics = {
         "validation/loss": loss,
@@ -196,6 +207,8 @@ def _validate(
     }
     monitor.scalars(step, metrics)
     monitor.text(step, "validation/generated", quality.examples)
+    for name, png in pictures.items():
+        monitor.image(step, name, png)
     monitor.line(f"step {step}: " + " ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
     return metrics
 

@@ -1,9 +1,12 @@
 """What a person watches: TensorBoard scalars and texts, and a progress bar or plain lines on standard error."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -29,6 +32,12 @@ class Monitor:
         """Write a text to TensorBoard."""
         if self._writer:
             self._writer.add_text(name, markdown, step)
+
+    def image(self, step: int, name: str, png: bytes) -> None:
+        """Write a picture to TensorBoard."""
+        if self._writer:
+            pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def progress(self, step: int, values: dict[str, Any]) -> None:
         """Move the bar to `step`, or write a plain line."""

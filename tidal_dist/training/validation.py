@@ -1,21 +1,32 @@
 """Validation: loss and bits per byte on held-out rows, and generation by the decoder that users get."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
 
-from data_pipeline.layout import Piece, blocks_of_piece
+from data_pipeline.layout import CharPositions, Piece, Slots, beginning, blocks_of_piece, lay_out
+from data_pipeline.ordering import RowAddress
+from data_pipeline.rows import RowReader
 from data_pipeline.shard_reader import ShardReader
 from data_pipeline.shards import Manifest
-from data_pipeline.stream import Batch
+from data_pipeline.stream import Batch, batch_of_rows
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.config import ValidationConfig
 from tidal_dist.generation.decoder import Decoder, Limits
+from tidal_dist.model.maps import char_scores, recorded_maps
 from tidal_dist.model.transformer import TidalTransformer
+from tidal_dist.plots.attention import attention_figure
+from tidal_dist.plots.canvas import to_png
+from tidal_dist.plots.layout import layout_figure
+from tidal_dist.plots.loss import loss_figure
 from tidal_dist.training.engine import all_sum, any_rank, device, gather_objects
+from tidal_dist.training.loss import bits_per_byte
+
+_PICTURED_BLOCKS = 48
+LaidOut = tuple[Slots, Slots, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -67,9 +78,33 @@ def _on_device(batch: Batch) -> tuple:
     return moved.tokens, moved.chars, moved.labels
 
 
-def bits_per_byte(nats: float, text_bytes: float) -> float:
-    """sum(nats, end marks included) / (ln 2 * bytes)."""
-    return nats / (math.log(2) * max(text_bytes, 1))
+def pictured_document(reader: RowReader, tokenizer: MixedTokenizer, char_positions: CharPositions) -> LaidOut:
+    """The shortest document of the first held-out row, or its beginning: what is drawn of it fits on a page."""
+    piece = min(reader.pieces(RowAddress(0, 0, 0)), key=lambda piece: len(piece.chars))
+    shown = beginning(piece, piece.supervised_from + _PICTURED_BLOCKS)
+    return lay_out(shown, tokenizer.byte_lengths, char_positions)
+
+
+def validation_pictures(
+    model: TidalTransformer, tokenizer: MixedTokenizer, document: LaidOut, draws: bool
+) -> dict[str, bytes]:
+    """Pictures of a document: its streams, what it attends to, what each of its chars costs.
+
+    Every rank makes the same pass, since they share the model's weights; those with `draws` false draw nothing.
+    """
+    tokens, chars, labels = document
+    batch = batch_of_rows([(tokens, chars, labels)]).to(device())
+    with torch.no_grad(), recorded_maps(model) as maps:
+        logits = model(batch.tokens, batch.chars)[0]
+    if not draws:
+        return {}
+    scores = char_scores(logits, batch.labels[0])
+    figures = {
+        "validation/layout": layout_figure(tokens, chars, labels, tokenizer.name, model.config.token_attention),
+        "validation/attention": attention_figure(maps, tokens, chars, tokenizer.name),
+        "validation/loss_by_char": loss_figure(scores, chars, labels, tokenizer.name),
+    }
+    return {name: to_png(figure) for name, figure in figures.items()}
 
 
 @dataclass(frozen=True)

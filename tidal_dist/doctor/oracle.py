@@ -1,7 +1,8 @@
-"""The model and its loss the seed's way: one sample for each supervised block, in float64, from the design's text.
+"""The truth to compare with: the model and its loss the plain way, one sample for each supervised block.
 
 A sample is [<bos>, tokens of all earlier blocks, <bob>, the block's bytes reversed]. Nothing here knows of packing,
-of rows or of two streams, and nothing is imported from the product but ids, settings and the tokeniser.
+of rows, of two streams or of a cache, and nothing is imported but ids, settings and the tokeniser: what training and
+generation compute is held against it.
 
 n slots, of them t tokens (`<bos>` included); H heads, D head width.
 """
@@ -49,25 +50,29 @@ class Sample:
 
 def samples(document: Document, tokenizer: MixedTokenizer, config: ModelConfig, place_shift: int = 0) -> list[Sample]:
     """One sample for each supervised block."""
+    n_blocks = len(document.prompt) + len(document.text)
+    return [sample(document, b, tokenizer, config, place_shift) for b in range(len(document.prompt), n_blocks)]
+
+
+def sample(document: Document, b: int, tokenizer: MixedTokenizer, config: ModelConfig, place_shift: int = 0) -> Sample:
+    """The sample for block `b` of a document, its prompt included in the count."""
     blocks = [*document.prompt, *document.text]
-    made = []
-    for b in range(len(document.prompt), len(blocks)):
-        context = [Slot(BOS, position=0, place=None, block=-1)]
-        for earlier in range(b):
-            context += _tokens_of_block(blocks[earlier], earlier, len(context), tokenizer, place_shift)
-        written = list(reversed(blocks[b].encode()))
-        sign = -1 if config.char_positions == "mirrored" else 1
-        chars = [
-            Slot(i, position=len(context) + sign * c, place=c + 1 + place_shift, block=b, c=c)
-            for c, i in enumerate([BOB, *written])
-        ]
-        is_last = document.ends and b == len(blocks) - 1
-        made.append(Sample(context, chars, [*written, EOS if is_last else EOB]))
-    return made
+    context = [Slot(BOS, position=0, place=None, block=-1)]
+    for earlier in range(b):
+        context += _tokens_of_block(blocks[earlier], earlier, len(context), tokenizer, place_shift)
+    written = list(reversed(blocks[b].encode()))
+    sign = -1 if config.char_positions == "mirrored" else 1
+    chars = [
+        Slot(i, position=len(context) + sign * c, place=c + 1 + place_shift, block=b, c=c)
+        for c, i in enumerate([BOB, *written])
+    ]
+    is_last = document.ends and b == len(blocks) - 1
+    return Sample(context, chars, [*written, EOS if is_last else EOB])
 
 
 def _tokens_of_block(block: str, b: int, start: int, tokenizer: MixedTokenizer, place_shift: int) -> list[Slot]:
-    slots, bytes_left = [], len(block.encode())
+    slots: list[Slot] = []
+    bytes_left = len(block.encode())
     for i in tokenizer.encode_block(block):
         bytes_left -= len(tokenizer.token_bytes(i))
         slots.append(Slot(i, position=start + len(slots), place=bytes_left + 1 + place_shift, block=b))
@@ -124,7 +129,7 @@ def _layer(x: torch.Tensor, slots: list[Slot], n: int, config: ModelConfig, weig
     h = _norm(x, weight("attention_norm"))
     queries, keys_values = h @ weight("query").T, h @ weight("key_value").T
     keys, values = keys_values[:, : config.width], keys_values[:, config.width :]
-    visible = _visible(slots, config)
+    visible = visible_slots(slots, config)
     positions = [slot.position for slot in slots]
     head_width = config.width // config.n_heads
     heads = []
@@ -142,7 +147,7 @@ def _layer(x: torch.Tensor, slots: list[Slot], n: int, config: ModelConfig, weig
     return x + _feed_forward(_norm(x, weight("mlp_norm")), weight("mlp.up"), weight("mlp.down"), config.mlp)
 
 
-def _visible(slots: list[Slot], config: ModelConfig) -> torch.Tensor:
+def visible_slots(slots: list[Slot], config: ModelConfig) -> torch.Tensor:
     """The rules of who sees whom, as a (n, n) table of queries and keys."""
     rows = []
     for q, query in enumerate(slots):

@@ -1,0 +1,137 @@
+"""What the doctor examines: a model as generation loads it, with everything it was trained with, and its shards."""
+
+import copy
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from data_pipeline.ordering import RowAddress
+from data_pipeline.rows import RowFormat, RowReader
+from data_pipeline.shards import SPLITS, Manifest
+from data_pipeline.stream import Batch
+from data_pipeline.tokenizer import MixedTokenizer
+from tidal_dist.config import Config, load_config
+from tidal_dist.errors import CheckpointError, ShardError, UserError
+from tidal_dist.export import package
+from tidal_dist.export.consolidate import consolidated_weights, find_checkpoint
+from tidal_dist.model.transformer import TidalTransformer
+from tidal_dist.provenance import Provenance, load_probe
+from tidal_dist.training import checkpoint as ckpt
+
+# The weights as read, as generation uses them, and in float64; and what passes need beside them.
+_COPIES_IN_MEMORY = 1 + 1 + 2
+_ROOM_FOR_PASSES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under examination.
+
+    Attributes:
+        path: export or checkpoint. model: as generation loads it, float32, in evaluation mode, on `device`.
+        exact: the same in float64, so that a true difference stands out from rounding.
+        weights: what the file holds, on the CPU. config: of the training. probe: the stored batch.
+    """
+
+    path: Path
+    model: TidalTransformer
+    exact: TidalTransformer
+    weights: dict[str, torch.Tensor]
+    tokenizer: MixedTokenizer
+    provenance: Provenance
+    config: Config
+    probe: Batch
+    manifest: Manifest
+    device: str
+
+
+def load_subject(path: Path, shards: Path, device: str = "cpu") -> Subject:
+    """Load an export, or put a checkpoint together, beside its shards.
+
+    Raises:
+        UserError: `path` is neither, `shards` holds no documents, or the memory does not suffice.
+    """
+    manifest = Manifest.load(shards)
+    if not any(entry["documents"] for split in SPLITS for entry in manifest.shards(split)):
+        raise ShardError(f"{shards}: the shards hold no documents; run `tidal prepare` on a corpus that has some")
+    if (path / package.CONFIG).is_file():
+        _check_memory(path, (path / package.MODEL), device)
+        exported = package.load_export(path)
+        files = {name: path / name for name in (package.TRAINING, package.PROBE)}
+        weights = load_file(path / package.MODEL)
+        model, tokenizer, provenance = exported.model, exported.tokenizer, exported.provenance
+    else:
+        checkpoint = _checkpoint(path)
+        _check_memory(checkpoint, checkpoint, device)
+        files = {package.TRAINING: checkpoint / ckpt.CONFIG, package.PROBE: checkpoint / ckpt.PROBE}
+        provenance = ckpt.load_state(checkpoint).provenance
+        weights = consolidated_weights(checkpoint)
+        settings = load_config(checkpoint / ckpt.CONFIG)
+        tokenizer = MixedTokenizer.load(checkpoint / ckpt.TOKENIZER, settings.segmentation)
+        model = package.model_of_weights(settings.model, tokenizer, {k: w.clone() for k, w in weights.items()})
+    return Subject(
+        path=path,
+        model=model.to(device),
+        exact=copy.deepcopy(model).double(),
+        weights=weights,
+        tokenizer=tokenizer,
+        provenance=provenance,
+        config=load_config(files[package.TRAINING]),
+        probe=load_probe(files[package.PROBE]),
+        manifest=manifest,
+        device=device,
+    )
+
+
+def _checkpoint(path: Path) -> Path:
+    try:
+        return find_checkpoint(path, "best")
+    except CheckpointError:
+        raise CheckpointError(
+            f"{path}: neither an export (no {package.CONFIG}) nor a checkpoint (no {ckpt.STATE}) nor a run that "
+            "holds one; give one of them"
+        ) from None
+
+
+def _check_memory(path: Path, weights: Path, device: str) -> None:
+    """Raises UserError where the weights would not fit in the device's free memory."""
+    files = [weights] if weights.is_file() else [*weights.glob("*model_states.pt"), *weights.glob("*optim_states.pt")]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    # A checkpoint holds the weights and two moments of the optimizer.
+    parameters_bytes = size if weights.is_file() else size // 3
+    needed, free = _COPIES_IN_MEMORY * parameters_bytes + _ROOM_FOR_PASSES, free_memory(device)
+    if needed > free:
+        raise UserError(
+            f"{path}: the examination needs about {needed / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free; "
+            "use a device or a machine with more (--device)"
+        )
+
+
+def free_memory(device: str) -> int:
+    """Bytes that may still be allocated on a device."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        pass
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return free if limit == resource.RLIM_INFINITY else min(free, limit)
+
+
+def rows_of(subject: Subject, split: str) -> tuple[RowReader, list[RowAddress]]:
+    """The training's own reader of a split, and the addresses of all its rows.
+
+    Raises:
+        ShardError: the shards have no plan for the training's rows.
+    """
+    data, model = subject.config.data, subject.config.model
+    row_format = RowFormat(data.row_tokens, data.row_chars, model.char_positions)
+    reader = RowReader(subject.manifest, split, subject.tokenizer, row_format, data.seed)
+    return reader, [RowAddress(0, s, r) for s, rows in enumerate(reader.shard_rows) for r in range(rows)]
