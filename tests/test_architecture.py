@@ -144,6 +144,11 @@ def test_the_model_imports_only_what_is_below_it() -> None:
         assert {name for name in others if not within(name, *allowed)} == set(), module
 
 
+def test_the_oracle_shares_nothing_with_what_it_judges() -> None:
+    ours = {name for name in imports("tidal_dist.doctor.oracle") if within(name, *PACKAGES)}
+    assert {name for name in ours if not within(name, "data_pipeline.tokenizer", "tidal_dist.config")} == set()
+
+
 def test_generation_imports_nothing_of_training() -> None:
     above = [f"tidal_dist.{name}" for name in ("training", "doctor", "bench", "cli")]
     assert not offenders(modules_in("tidal_dist.generation"), *above)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, environment, write_config
+from tests.launching import ROOT, environment, tidal, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +27,11 @@ def test_the_demo_leaves_its_products_and_its_report(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"shards", "checkpoints", "tensorboard", "export"}
     assert "12 + 34 =" in result.stdout
     assert result.stdout.splitlines()[-2] == str(tmp_path / "run" / "report.json")
+
+    for patient in ("export", "."):  # "." is the run: its best checkpoint, written by two ranks
+        examined = tidal("doctor", tmp_path / "run" / patient, "--data", tmp_path / "run" / "shards", "--json")
+        assert examined.returncode == 0, examined.stdout.decode()
+        assert json.loads(examined.stdout)["notes"][0].endswith("32 documents, 6 blocks of each")
 
     again = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
     assert again.returncode == 2

@@ -13,7 +13,7 @@ from tidal_dist.doctor.evidence import Case, Evidence, LaidOut, one_pass
 from tidal_dist.doctor.report import Finding
 from tidal_dist.training import loss
 
-_BATCH = 8
+_BATCH = 4
 _PADDING = (5, 7)  # token and char slots; any number must do
 
 

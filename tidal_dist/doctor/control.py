@@ -75,11 +75,10 @@ def _departures(case: Case, free: Followed, evidence: Evidence) -> list[Differen
     piece = piece_of_blocks([*case.blocks[: case.first], *blocks], evidence.tokenizer, case.first, ended)
     laid_out = rows.lay_out(piece, evidence.tokenizer.byte_lengths, evidence.config.char_positions)
     chars, truth = laid_out[1], _as_written(blocks, ended)
-    exact = pack([laid_out], len(laid_out[0].ids), len(chars.ids))
-    logits = one_pass(evidence.subject.exact, evidence.subject.device, [exact])[0]
+    row = pack([laid_out], len(laid_out[0].ids), len(chars.ids))
+    logits = one_pass(evidence.subject.exact, evidence.subject.device, [row])[0]
     held = held_to_text(logits, chars, evidence.tokenizer.segmentation.max_block_bytes)
     top = held.topk(2, dim=-1)
-    # A block that the decoder could still take is ended by <eob>, whatever layout says of the document's last one.
     clear = top.values[:, 0] - top.values[:, 1] > TIE * max(1.0, float(logits.abs().max()))
     wrong = np.flatnonzero((clear & (top.indices[:, 0] != torch.tensor(truth))).numpy())
     name = evidence.tokenizer.name

@@ -14,7 +14,6 @@ from tidal_dist.doctor.subject import rows_of
 from tidal_dist.training.loss import bits_per_byte
 
 _STANDARD_ERRORS = 4.0
-_ROWS_AT_A_TIME = 8
 # A training in bf16 repeats its figure only roughly.
 _REPEATS = {"fp32": 1e-3, "bf16": 2e-2}
 
@@ -138,7 +137,7 @@ def _bits_per_byte(evidence: Evidence, max_rows: int) -> float:
     reader, _ = rows_of(evidence.subject, evidence.split)
     nats, text_bytes = 0.0, 0
     subject = evidence.subject
-    for batch in fixed_batches(reader, max_rows, _ROWS_AT_A_TIME, (0, 1)):
+    for batch in fixed_batches(reader, max_rows, 1, (0, 1)):
         moved = batch.to(subject.device)
         subject.model.eval()
         with torch.no_grad():

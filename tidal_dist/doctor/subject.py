@@ -22,8 +22,8 @@ from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.provenance import Provenance, load_probe
 from tidal_dist.training import checkpoint as ckpt
 
-# The weights as read, as generation uses them, and in float64; and what passes need beside them.
-_COPIES_IN_MEMORY = 1 + 1 + 2
+# The weights as read, as generation uses them, in float64 and with gradients; and what passes need beside them.
+_COPIES_IN_MEMORY = 1 + 1 + 2 + 2
 _ROOM_FOR_PASSES = 512 << 20
 
 
