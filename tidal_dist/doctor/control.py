@@ -41,6 +41,16 @@ def end_marks_end(evidence: Evidence) -> Finding:
     return counted(differences, "documents that end otherwise")
 
 
+def runs_through(evidence: Evidence) -> Finding:
+    """The model takes everything that the decoder feeds."""
+    differences = [
+        Difference(case, case.first, "any", "the model's answer", written.error, "logits")
+        for case, written in evidence.each()
+        if written.error
+    ]
+    return counted(differences, "documents that the model cannot take")
+
+
 @lru_cache(maxsize=4096)
 def may_follow(written: bytes, max_block_bytes: int) -> torch.Tensor:
     """Ids that the decoder allows after the bytes written so far, (V,) bool."""

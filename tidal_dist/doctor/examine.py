@@ -81,6 +81,7 @@ _ON_EVIDENCE = (
     _Item(1, "positions at decoding", lambda e: order.positions(e, order.at_decoding), _LAYOUT.format("positions")),
     _Item(1, "places at decoding", lambda e: order.places(e, order.at_decoding), _LAYOUT.format("places")),
     _Item(1, "decoding equals training", order.decoding_equals_training, _LAYOUT.format("positions and places")),
+    _Item(5, "decoding runs through", control.runs_through, "look at what is fed: ids, positions, places, shapes"),
     _Item(5, "end marks end", control.end_marks_end, "end a block at <eob>, the document at <eos>, and nowhere else"),
     _Item(3, "mask", attention.mask, "let model/attention.py ask layout.may_see, and nothing else"),
     _Item(3, "alibi", attention.alibi, _MODEL),
@@ -107,6 +108,12 @@ _ON_EVIDENCE = (
         "normalise by the labels of the whole global batch (training/loss.py), not rank by rank",
     ),
     _Item(10, "gradients of labels", labels.gradients_of_labels, "look for a mask between the loss and the logits"),
+    _Item(
+        10,
+        "gradients equal the oracle's",
+        labels.gradients_equal_the_oracle,
+        "look for what is detached between the chars and the weights",
+    ),
     _Item(10, "gradients of weights", labels.gradients_of_weights, "look for what detaches or overflows"),
     _Item(
         5,
@@ -114,10 +121,10 @@ _ON_EVIDENCE = (
         control.generation_follows_the_argmax,
         "compare generation/decoder.py's choices with the training pass over the same text",
     ),
-    _Item(7, "probe batch repeated", lambda e: loading.probe_is_repeated(e.subject), _EXPORT_AGAIN),
     _Item(8, "float32", inference.float32_gap, "use float32 or look for a sum in too low a precision"),
     _Item(8, "bf16", inference.bfloat16_gap, "generate in float32"),
     _Item(8, "cached in float32", inference.cached_gap, "look for what the cache keeps in a lower precision"),
+    _Item(7, "probe batch repeated", lambda e: loading.probe_is_repeated(e.subject), _EXPORT_AGAIN),
     _Item(
         6, "bits per byte repeated", quality.bits_repeat, "compare the training's validation with this model and data"
     ),

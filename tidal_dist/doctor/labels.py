@@ -1,16 +1,20 @@
 """Suspect 10: is every char to be written a label, first char and end mark included, and does each get its gradient?"""
 
+import numpy as np
 import torch
 
 from data_pipeline.layout import IGNORED
 from data_pipeline.stream import batch_of_rows
 from data_pipeline.tokenizer import BOB
+from tidal_dist.doctor import oracle
 from tidal_dist.doctor.batches import nats_of
 from tidal_dist.doctor.compare import Difference, array_differences, counted, largest
 from tidal_dist.doctor.evidence import Case, Evidence
 from tidal_dist.doctor.report import Finding
 
 _GRADIENT_CASES = 8
+_ORACLE_CASES = 2
+_MAX_ORACLE_TOKENS = 512
 # A trained model's losses and gradients are small: what is below this is compared as if it were this.
 _SMALLEST = 1e-6
 
@@ -130,3 +134,51 @@ def gradients_of_weights(evidence: Evidence) -> Finding:
             wrong.append(f"{evidence.subject.path}: gradient of {name} is {state}")
     model.zero_grad(set_to_none=True)
     return Finding(len(wrong), 0, "weights without a finite gradient", wrong[0] if wrong else "")
+
+
+def gradients_equal_the_oracle(evidence: Evidence) -> Finding:
+    """The loss of one block has, at every weight, the gradient that the oracle's loss of it has."""
+    gaps = []
+    model = evidence.subject.exact
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    for case in sorted(evidence.cases, key=_context)[:_ORACLE_CASES]:
+        if _context(case) > _MAX_ORACLE_TOKENS:
+            continue
+        found = torch.autograd.grad(_nats_of_last_block(case, evidence), parameters, allow_unused=True)
+        truth = torch.autograd.grad(_nats_on_paper(case, evidence), parameters, allow_unused=True)
+        for name, ours, theirs in zip(names, found, truth, strict=True):
+            gap, size = _difference(ours, theirs)
+            where = (
+                f"{case.name}, block {case.end - 1}: gradient of {name} differs by {gap}, its largest value is {size}"
+            )
+            gaps.append((gap / max(_SMALLEST, size), where))
+    return largest(gaps, "largest relative difference of a gradient")
+
+
+def _context(case: Case) -> int:
+    """Tokens before the last block of a stretch."""
+    return int(1 + case.piece.block_tokens[: case.end - 1].sum())
+
+
+def _nats_of_last_block(case: Case, evidence: Evidence) -> torch.Tensor:
+    """The model's loss of the last block of a stretch, within its document."""
+    tokens, chars, labels = case.laid_out
+    only = np.where(chars.block == case.end - 1, labels, IGNORED)
+    batch = batch_of_rows([(tokens, chars, only)]).to(evidence.subject.device)
+    evidence.subject.exact.eval()
+    return evidence.subject.exact(batch.tokens, batch.chars, batch.labels)
+
+
+def _nats_on_paper(case: Case, evidence: Evidence) -> torch.Tensor:
+    weights = evidence.subject.exact.state_dict(keep_vars=True)
+    with torch.device(evidence.subject.device):
+        return oracle.sum_of_losses([evidence.sample(case, case.end - 1)], evidence.config, weights)
+
+
+def _difference(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> tuple[float, float]:
+    """Largest difference of two gradients and the largest value of the second; none is zero everywhere."""
+    if ours is None or theirs is None:
+        only = ours if theirs is None else theirs
+        size = 0.0 if only is None else float(only.abs().max())
+        return size, size
+    return float((ours - theirs).abs().max()), float(theirs.abs().max())
