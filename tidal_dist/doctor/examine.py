@@ -39,8 +39,8 @@ _ON_SUBJECT = (
     _Item(4, "one tokeniser", preprocessing.tokenizer_hash, _PREPARE_AGAIN),
     _Item(4, "one segmentation", preprocessing.segmentation_rules, _PREPARE_AGAIN),
     _Item(7, "settings of the training", loading.settings, _EXPORT_AGAIN),
-    _Item(7, "weights as in the file", loading.weights, _EXPORT_AGAIN),
     _Item(7, "finite weights", loading.finite, "go back to a checkpoint before the loss became NaN"),
+    _Item(7, "weights as in the file", loading.weights, _EXPORT_AGAIN),
 )
 _ON_EVIDENCE = (
     _Item(8, "evaluation mode", inference.evaluation_mode, "call model.eval() before generating"),

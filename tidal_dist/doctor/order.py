@@ -9,6 +9,10 @@ from data_pipeline.layout import Slots, reverse_block
 from tidal_dist.doctor.compare import Difference, array_differences, counted
 from tidal_dist.doctor.evidence import Case, Evidence, texts_of_tokens
 from tidal_dist.doctor.report import Finding
+from tidal_dist.generation import utf8
+
+# What the sampled documents may lack: characters of two, three and four bytes.
+_OF_SEVERAL_BYTES = (" né", "潮水", "a👍🏽")
 
 Field = Literal["position", "place"]
 
@@ -44,6 +48,14 @@ def written_blocks_are_turned_round(evidence: Evidence) -> Finding:
     for case, written in evidence.each():
         truth, numbers = case.blocks[case.first : case.end], range(case.first, case.end)
         differences += array_differences(case, "block", written.result.blocks, truth, numbers, numbers)
+    if not differences:
+        differences = [
+            Difference(
+                evidence.cases[0], evidence.cases[0].first, "any", f"{text!r}, if it were written,", repr(out), text
+            )
+            for text in _OF_SEVERAL_BYTES
+            if (out := utf8.block_text(bytes(reversed(text.encode())))) != text
+        ]
     return counted(differences, "blocks that come out otherwise")
 
 
