@@ -279,7 +279,10 @@ def lay_out(
     return tokens, chars, labels
 
 
-def alone(row: tuple[Slots, Slots, np.ndarray], document: int) -> tuple[Slots, Slots, np.ndarray]:
+LaidOut = tuple[Slots, Slots, np.ndarray]  # tokens, chars and labels of a document or a row
+
+
+def alone(row: LaidOut, document: int) -> LaidOut:
     """One document of a packed row, as the row's only one and without padding."""
     tokens, chars, labels = row
     own = chars.document == document

@@ -7,11 +7,10 @@ import numpy as np
 import torch
 
 from data_pipeline.layout import Slots
-from data_pipeline.stream import batch_of_rows
 from data_pipeline.tokenizer import FIRST_TOKEN
 from tidal_dist.doctor import oracle
 from tidal_dist.doctor.compare import Difference, counted, largest, logit_gap
-from tidal_dist.doctor.evidence import Case, Evidence, one_pass
+from tidal_dist.doctor.evidence import Case, Evidence
 from tidal_dist.doctor.report import Finding
 from tidal_dist.model.attention import Biases
 
@@ -66,7 +65,7 @@ def rope(evidence: Evidence) -> Finding:
     half = config.width // config.n_heads // 2
     gaps = []
     for case in evidence.cases:
-        batch = batch_of_rows([case.laid_out]).to(evidence.subject.device)
+        batch = evidence.batch(case.laid_out)
         _, angles = evidence.subject.exact.prepare(batch.tokens, batch.chars, torch.float64, None)
         if (angles is None) != (config.encoding != "rope"):
             gaps.append((float("inf"), f"{case.name}: rope is {'off' if angles is None else 'on'}, not as in training"))
@@ -95,32 +94,30 @@ def _prepared(evidence: Evidence) -> Iterator[tuple[Case, oracle.Sample, torch.T
         t = len(sample.tokens)
         if t > _MAX_MASK_TOKENS:
             continue
-        batch = batch_of_rows([case.laid_out]).to(evidence.subject.device)
+        batch = evidence.batch(case.laid_out)
         biases, _ = evidence.subject.exact.prepare(batch.tokens, batch.chars, torch.float64, None)
-        table = _whole_table(biases, len(case.laid_out[0].ids), len(case.laid_out[1].ids))
-        yield case, sample, _reordered(table, case, t)
+        yield case, sample, _table(biases, case, t)
 
 
-def _reordered(table: torch.Tensor, case: Case, t: int) -> torch.Tensor:
-    """Rows of a (H, N, N) table for the last block of the stretch, its own keys first."""
+def _table(biases: Biases, case: Case, t: int) -> torch.Tensor:
+    """Biases of the first t tokens and of the chars of the stretch's last block, (H or 1, n, N).
+
+    Keys: those slots, in their order, then all others of the document. -inf where the model computes no score.
+    """
     n_tokens, chars = len(case.laid_out[0].ids), case.laid_out[1]
-    own = (n_tokens + np.flatnonzero(chars.block == case.end - 1)).tolist()
-    others = sorted(set(range(t, n_tokens + len(chars.ids))) - set(own))
-    return table[:, [*range(t), *own]][:, :, [*range(t), *own, *others]]
-
-
-def _whole_table(biases: Biases, n_tokens: int, n_chars: int) -> torch.Tensor:
-    """Biases of one row as a (H or 1, N, N) table, tokens before chars; -inf where the model computes no score."""
-    heads = biases.token.shape[1]
-    table = torch.full((heads, n_tokens + n_chars, n_tokens + n_chars), -torch.inf, dtype=torch.float64)
-    table[:, :n_tokens, :n_tokens] = biases.token[0].cpu()
+    own = np.flatnonzero(chars.block == case.end - 1).tolist()
+    table = torch.full((biases.token.shape[1], t + len(own), n_tokens + len(chars.ids)), -torch.inf).double()
+    table[:, :t, :n_tokens] = biases.token[0, :, :t].cpu()
     for group in biases.groups:
-        queries = slice(n_tokens + group.chars.start, n_tokens + group.chars.stop)
+        asking = [i for i in own if group.chars.start <= i < group.chars.stop]
+        rows = [t + own.index(i) for i in asking]
+        found = group.bias[0, :, [i - group.chars.start for i in asking]].cpu()
         n_seen = group.token_keys.stop - group.token_keys.start
         keys = slice(n_tokens + group.char_keys.start, n_tokens + group.char_keys.stop)
-        table[:, queries, group.token_keys] = group.bias[0, :, :, :n_seen].cpu()
-        table[:, queries, keys] = group.bias[0, :, :, n_seen:].cpu()
-    return table
+        table[:, rows, group.token_keys] = found[:, :, :n_seen]
+        table[:, rows, keys] = found[:, :, n_seen:]
+    first = [*range(t), *(n_tokens + i for i in own)]
+    return table[:, :, [*first, *sorted(set(range(table.shape[2])) - set(first))]]
 
 
 def _wrong_pairs(case: Case, sample: oracle.Sample, visible: torch.Tensor, truth: torch.Tensor) -> Iterator[Difference]:
@@ -140,15 +137,14 @@ def unseen_changes_nothing(evidence: Evidence) -> Finding:
         block = case.end - 1
         tokens, chars, labels = case.laid_out
         own = chars.block == block
-        start = int(1 + case.piece.block_tokens[:block].sum())
+        start = case.context(block)
         changed = (
             _changed(tokens, tokens.index >= start, evidence),
             _changed(chars, ~own, evidence),
             labels,
         )
-        logits = one_pass(evidence.subject.exact, evidence.subject.device, [changed])[0]
-        at = chars.at(own)
-        gaps.append(logit_gap(case, logits[own], alone[own], at.block, at.position, evidence.tokenizer.name))
+        logits = evidence.logits(changed)
+        gaps.append(logit_gap(case, logits[own], alone[own], chars.at(own), evidence.tokenizer))
     return largest(gaps, "largest change of a logit")
 
 
@@ -168,7 +164,7 @@ def seen_changes_something(evidence: Evidence) -> Finding:
                 _changed(chars, only, evidence) if stream == "char" else chars,
                 labels,
             )
-            logits = one_pass(evidence.subject.exact, evidence.subject.device, [row])[0]
+            logits = evidence.logits(row)
             tried += 1
             if torch.equal(logits[last], alone[last]):
                 what = f"effect of the {stream} at {slots.position[i]} on the block's last char:"
@@ -178,7 +174,7 @@ def seen_changes_something(evidence: Evidence) -> Finding:
 
 def _seen_slots(case: Case, block: int) -> list[tuple[str, int]]:
     """Slots that the last char of a block sees: `<bos>`, its last context token and some between; some own chars."""
-    start = int(1 + case.piece.block_tokens[:block].sum())
+    start = case.context(block)
     own = np.flatnonzero(case.laid_out[1].block == block)
     tokens = np.unique(np.linspace(0, start - 1, min(_CHANGED_SLOTS // 2, start)).astype(int))
     chars = own[np.unique(np.linspace(0, len(own) - 1, min(_CHANGED_SLOTS // 2, len(own))).astype(int))]
@@ -197,9 +193,8 @@ def one_pass_equals_the_oracle(evidence: Evidence) -> Finding:
     gaps = []
     for i, block, truth in evidence.true_logits:
         case, own = evidence.cases[i], evidence.cases[i].laid_out[1].block == block
-        positions = case.laid_out[1].position[own]
         found = evidence.alone[i][torch.from_numpy(own)]
-        gaps.append(logit_gap(case, found, truth, [block] * len(truth), positions, evidence.tokenizer.name))
+        gaps.append(logit_gap(case, found, truth, case.laid_out[1].at(own), evidence.tokenizer))
     return largest(gaps, "largest relative difference of a logit", more=f"{len(gaps)} blocks")
 
 
@@ -208,7 +203,6 @@ def cached_equals_one_pass(evidence: Evidence) -> Finding:
     gaps = []
     for (case, written), alone in zip(evidence.each(), evidence.alone, strict=True):
         own = case.in_stretch()
-        chars = case.laid_out[1].at(own)
         truth = alone[torch.from_numpy(own)]
-        gaps.append(logit_gap(case, written.logits, truth, chars.block, chars.position, evidence.tokenizer.name))
+        gaps.append(logit_gap(case, written.logits, truth, case.laid_out[1].at(own), evidence.tokenizer))
     return largest(gaps, "largest relative difference of a logit")

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from data_pipeline.layout import IGNORED, NO_DOCUMENT, alone, pack
-from data_pipeline.stream import batch_of_rows
 from tidal_dist.doctor.compare import largest, logit_gap
 from tidal_dist.doctor.evidence import Case, Evidence, LaidOut, one_pass
 from tidal_dist.doctor.report import Finding
@@ -20,11 +19,11 @@ _PADDING = (5, 7)  # token and char slots; any number must do
 def packed_equals_alone(evidence: Evidence) -> Finding:
     """Logits of a document in its packed row are those of the document alone."""
     rows = {r: evidence.rows[r].laid_out for r in {case.row for case in evidence.cases}}
-    logits = {r: one_pass(evidence.subject.exact, evidence.subject.device, [row])[0] for r, row in rows.items()}
+    logits = {r: evidence.logits(row) for r, row in rows.items()}
     gaps = []
     for case, truth in zip(evidence.cases, evidence.alone, strict=True):
         own = torch.from_numpy(rows[case.row][1].document == case.document)
-        gaps.append(_gap(case, logits[case.row][own], truth, evidence))
+        gaps.append(logit_gap(case, logits[case.row][own], truth, case.laid_out[1], evidence.tokenizer))
     return largest(gaps, "largest relative difference of a logit")
 
 
@@ -32,9 +31,9 @@ def padded_equals_alone(evidence: Evidence) -> Finding:
     """Padding behind a document changes none of its logits."""
     gaps = []
     for case, truth in zip(evidence.cases, evidence.alone, strict=True):
-        padded = _padded(case.laid_out, *(n + len(s.ids) for n, s in zip(_PADDING, case.laid_out[:2], strict=True)))
-        logits = one_pass(evidence.subject.exact, evidence.subject.device, [padded])[0]
-        gaps.append(_gap(case, logits[: len(truth)], truth, evidence))
+        tokens, chars, _ = case.laid_out
+        padded = pack([case.laid_out], len(tokens.ids) + _PADDING[0], len(chars.ids) + _PADDING[1])
+        gaps.append(logit_gap(case, evidence.logits(padded)[: len(truth)], truth, chars, evidence.tokenizer))
     return largest(gaps, "largest relative difference of a logit")
 
 
@@ -44,10 +43,10 @@ def batch_equals_alone(evidence: Evidence) -> Finding:
     for start in range(0, len(evidence.cases), _BATCH):
         cases = evidence.cases[start : start + _BATCH]
         shape = [max(len(case.laid_out[i].ids) for case in cases) for i in (0, 1)]  # type: ignore[union-attr]
-        rows = [_padded(case.laid_out, *shape) for case in cases]
+        rows = [pack([case.laid_out], *shape) for case in cases]
         logits = one_pass(evidence.subject.exact, evidence.subject.device, rows)
         for case, found, truth in zip(cases, logits, evidence.alone[start:], strict=False):
-            gaps.append(_gap(case, found[: len(truth)], truth, evidence))
+            gaps.append(logit_gap(case, found[: len(truth)], truth, case.laid_out[1], evidence.tokenizer))
     return largest(gaps, "largest relative difference of a logit")
 
 
@@ -57,9 +56,8 @@ def decoding_in_a_batch(evidence: Evidence) -> Finding:
     for start in range(0, len(evidence.cases), _BATCH):
         cases = evidence.cases[start : start + _BATCH]
         for case, found, truth in zip(cases, evidence.dictate(cases), evidence.written[start:], strict=False):
-            blocks, positions = truth.chars.block, truth.chars.position
             n = min(len(found.logits), len(truth.logits))
-            gaps.append(logit_gap(case, found.logits[:n], truth.logits[:n], blocks, positions, evidence.tokenizer.name))
+            gaps.append(logit_gap(case, found.logits[:n], truth.logits[:n], truth.chars, evidence.tokenizer))
     return largest(gaps, "largest relative difference of a logit")
 
 
@@ -86,7 +84,7 @@ def _dealt_to_two_ranks(cases: list[Case], evidence: Evidence) -> tuple[float, f
 
 def nats_of(row: LaidOut, evidence: Evidence) -> float:
     """The model's own loss of a row: the sum over its labels, in nats."""
-    batch = batch_of_rows([row]).to(evidence.subject.device)
+    batch = evidence.batch(row)
     with torch.no_grad():
         return float(evidence.subject.exact(batch.tokens, batch.chars, batch.labels))
 
@@ -103,12 +101,3 @@ def _row_gaps(evidence: Evidence) -> Iterator[tuple[float, str]]:
         truth = sum(nats_of(alone(row.laid_out, document), evidence) for document in documents)
         found = nats_of(row.laid_out, evidence)
         yield abs(found - truth) / max(1.0, abs(truth)), f"row of {row.names[0]}: loss {found}, its documents' {truth}"
-
-
-def _padded(row: LaidOut, tokens: int, chars: int) -> LaidOut:
-    return pack([row], tokens, chars)
-
-
-def _gap(case: Case, found: torch.Tensor, truth: torch.Tensor, evidence: Evidence) -> tuple[float, str]:
-    chars = case.laid_out[1]
-    return logit_gap(case, found, truth, chars.block, chars.position, evidence.tokenizer.name)

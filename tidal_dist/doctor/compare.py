@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_pipeline.layout import Slots
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.doctor.evidence import Case
 from tidal_dist.doctor.report import Finding
@@ -60,23 +61,17 @@ def array_differences(
 
 
 def logit_gap(
-    case: Case, found: torch.Tensor, truth: torch.Tensor, blocks: Any, positions: Any, name: Any
+    case: Case, found: torch.Tensor, truth: torch.Tensor, chars: Slots, tokenizer: MixedTokenizer
 ) -> tuple[float, str]:
-    """The largest difference of two (n, V) logits, relative to the largest logit, and where it is.
-
-    Args:
-        blocks, positions: (n,) of the char slots. name: readable name of an id.
-    """
+    """The largest difference of two (n, V) logits of `chars` (n,), relative to the largest logit, and where it is."""
     if found.shape != truth.shape:
         return float("inf"), f"{case.name}: {len(found)} char slots, should be {len(truth)}"
     if not len(truth):
         return 0.0, ""
     gap = (found - truth).abs() / max(1.0, float(truth.abs().max()))
     at, i = divmod(int(gap.nan_to_num(float("inf")).argmax()), gap.shape[1])
-    difference = Difference(
-        case, int(blocks[at]), positions[at], f"logit of {name(i)!r}", float(found[at, i]), float(truth[at, i])
-    )
-    return float(gap[at, i]), str(difference)
+    what, values = f"logit of {tokenizer.name(i)!r}", (float(found[at, i]), float(truth[at, i]))
+    return float(gap[at, i]), str(Difference(case, int(chars.block[at]), chars.position[at], what, *values))
 
 
 def changed_choices(found: torch.Tensor, truth: torch.Tensor, tie: float) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from data_pipeline import rows
 from data_pipeline.layout import Slots, pack, piece_of_blocks
 from data_pipeline.tokenizer import EOB, EOS
 from tidal_dist.doctor.compare import Difference, array_differences, counted
-from tidal_dist.doctor.evidence import Case, Evidence, one_pass
+from tidal_dist.doctor.evidence import Case, Evidence
 from tidal_dist.doctor.follow import Followed
 from tidal_dist.doctor.report import Finding
 from tidal_dist.generation.utf8 import allowed
@@ -86,7 +86,7 @@ def _departures(case: Case, free: Followed, evidence: Evidence) -> list[Differen
     laid_out = rows.lay_out(piece, evidence.tokenizer.byte_lengths, evidence.config.char_positions)
     chars, truth = laid_out[1], _as_written(blocks, ended)
     row = pack([laid_out], len(laid_out[0].ids), len(chars.ids))
-    logits = one_pass(evidence.subject.exact, evidence.subject.device, [row])[0]
+    logits = evidence.logits(row)
     held = held_to_text(logits, chars, evidence.tokenizer.segmentation.max_block_bytes)
     top = held.topk(2, dim=-1)
     clear = top.values[:, 0] - top.values[:, 1] > TIE * max(1.0, float(logits.abs().max()))

@@ -5,25 +5,24 @@ T token slots, C char slots, V chars and specials.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
 import torch
 
-from data_pipeline.layout import Piece, Slots, alone
+from data_pipeline.layout import LaidOut, Piece, alone
 from data_pipeline.ordering import RowAddress
 from data_pipeline.rows import RowReader
-from data_pipeline.stream import batch_of_rows
+from data_pipeline.stream import Batch, batch_of_rows
 from data_pipeline.tokenizer import EOB, EOS, MixedTokenizer
 from tidal_dist.doctor import oracle
 from tidal_dist.doctor.follow import Followed, follow
 from tidal_dist.doctor.sizes import Sizes
-from tidal_dist.doctor.subject import Subject, rows_of
+from tidal_dist.doctor.subject import Subject, reader_of
 from tidal_dist.generation.decoder import Limits
 from tidal_dist.model.transformer import TidalTransformer
 
-LaidOut = tuple[Slots, Slots, np.ndarray]
 _MAX_ORACLE_TOKENS = 1024  # the oracle's cost grows with the square of the context
 
 
@@ -37,7 +36,7 @@ class Row:
     first_blocks: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a case is itself alone, and may be the key of a cache
 class Case:
     """A piece of a document, and the stretch `first..end` of its supervised blocks that is written again.
 
@@ -56,6 +55,10 @@ class Case:
     first: int
     end: int
     laid_out: LaidOut
+
+    def context(self, block: int) -> int:
+        """Tokens before a block, `<bos>` included."""
+        return 1 + int(self.piece.block_tokens[:block].sum())
 
     def in_stretch(self) -> np.ndarray:
         """(C,) which of its char slots belong to the stretch."""
@@ -90,11 +93,18 @@ class Evidence:
         self.tokenizer, self.config = subject.tokenizer, subject.model.config
         held_out = sum(entry["documents"] for entry in subject.manifest.shards("validation"))
         self.split = "validation" if held_out else "train"
+        self.sample = lru_cache(maxsize=None)(self._sample)
+
+    @cached_property
+    def reader(self) -> RowReader:
+        """The training's own reader of the split."""
+        return reader_of(self.subject, self.split)
 
     @cached_property
     def rows(self) -> list[Row]:
         """Rows spread evenly over the split."""
-        reader, addresses = rows_of(self.subject, self.split)
+        reader = self.reader
+        addresses = [RowAddress(0, s, r) for s, rows in enumerate(reader.shard_rows) for r in range(rows)]
         chosen = np.unique(np.linspace(0, len(addresses) - 1, min(self.sizes.rows, len(addresses))).astype(int))
         picked = [addresses[i] for i in chosen]
         return [_row(reader, address) for address in picked]
@@ -122,7 +132,15 @@ class Evidence:
     @cached_property
     def alone(self) -> list[torch.Tensor]:
         """(C, V) logits of each case alone, in one pass."""
-        return [one_pass(self.subject.exact, self.subject.device, [case.laid_out])[0] for case in self.cases]
+        return [self.logits(case.laid_out) for case in self.cases]
+
+    def batch(self, row: LaidOut) -> Batch:
+        """A row as a batch of its own, on the model's device."""
+        return batch_of_rows([row]).to(self.subject.device)
+
+    def logits(self, row: LaidOut) -> torch.Tensor:
+        """(C, V) logits of a row, in one pass of the exact model."""
+        return one_pass(self.subject.exact, self.subject.device, [row])[0]
 
     @cached_property
     def written(self) -> list[Followed]:
@@ -169,7 +187,7 @@ class Evidence:
                 found.append((i, case.end - 1, logits.cpu()))
         return found
 
-    def sample(self, case: Case, block: int) -> oracle.Sample:
+    def _sample(self, case: Case, block: int) -> oracle.Sample:
         """One block of a case as the oracle has it."""
         return oracle.sample(case.document_on_paper(), block, self.tokenizer, self.config)
 

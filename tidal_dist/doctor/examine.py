@@ -19,8 +19,6 @@ _PREPARE_AGAIN = "use the shards that the model was trained on, or train on thes
 _EXPORT_AGAIN = "export the checkpoint anew; if that does not help, take an older checkpoint"
 _LAYOUT = "data_pipeline/layout.py is the only place that sets {}; find who computes them elsewhere"
 _MODEL = "compare model/attention.py and model/positions.py with the definition; train again if training was wrong"
-
-
 _ONE_THREAD_PARAMETERS = 10_000_000
 
 
@@ -34,7 +32,7 @@ class _Item:
     remedy: str
 
 
-# Without one tokeniser, one segmentation and whole weights nothing else can be compared.
+# Without one tokeniser and one segmentation nothing that asks for evidence can be compared.
 _ON_SUBJECT = (
     _Item(4, "one tokeniser", preprocessing.tokenizer_hash, _PREPARE_AGAIN),
     _Item(4, "one segmentation", preprocessing.segmentation_rules, _PREPARE_AGAIN),
@@ -137,7 +135,7 @@ _ON_EVIDENCE = (
 def examine(subject: Subject, sizes: Sizes, progress: Callable[[str], object] = bool) -> tuple[Report, Evidence]:
     """Make every check; the report, and the evidence for pictures.
 
-    Where the tokeniser or the weights are not those of the training, the checks that would compare them are not run.
+    Where the tokeniser or the segmentation is not the training's, what is encoded with them is not compared.
 
     Raises:
         UserError: the shards cannot be read, or hold no plan for the training's rows.

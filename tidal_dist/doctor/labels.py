@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from data_pipeline.layout import IGNORED
-from data_pipeline.stream import batch_of_rows
 from data_pipeline.tokenizer import BOB
 from tidal_dist.doctor import oracle
 from tidal_dist.doctor.batches import nats_of
@@ -102,7 +101,7 @@ def _gradient(case: Case, evidence: Evidence) -> torch.Tensor:
         kept.append(state)
 
     hook = model.norm.register_forward_hook(keep)
-    batch = batch_of_rows([case.laid_out]).to(evidence.subject.device)
+    batch = evidence.batch(case.laid_out)
     try:
         model.eval()
         model(batch.tokens, batch.chars, batch.labels).backward()
@@ -141,8 +140,8 @@ def gradients_equal_the_oracle(evidence: Evidence) -> Finding:
     gaps = []
     model = evidence.subject.exact
     names, parameters = zip(*model.named_parameters(), strict=True)
-    for case in sorted(evidence.cases, key=_context)[:_ORACLE_CASES]:
-        if _context(case) > _MAX_ORACLE_TOKENS:
+    for case in sorted(evidence.cases, key=lambda case: case.context(case.end - 1))[:_ORACLE_CASES]:
+        if case.context(case.end - 1) > _MAX_ORACLE_TOKENS:
             continue
         found = torch.autograd.grad(_nats_of_last_block(case, evidence), parameters, allow_unused=True)
         truth = torch.autograd.grad(_nats_on_paper(case, evidence), parameters, allow_unused=True)
@@ -155,16 +154,11 @@ def gradients_equal_the_oracle(evidence: Evidence) -> Finding:
     return largest(gaps, "largest relative difference of a gradient")
 
 
-def _context(case: Case) -> int:
-    """Tokens before the last block of a stretch."""
-    return int(1 + case.piece.block_tokens[: case.end - 1].sum())
-
-
 def _nats_of_last_block(case: Case, evidence: Evidence) -> torch.Tensor:
     """The model's loss of the last block of a stretch, within its document."""
     tokens, chars, labels = case.laid_out
     only = np.where(chars.block == case.end - 1, labels, IGNORED)
-    batch = batch_of_rows([(tokens, chars, only)]).to(evidence.subject.device)
+    batch = evidence.batch((tokens, chars, only))
     evidence.subject.exact.eval()
     return evidence.subject.exact(batch.tokens, batch.chars, batch.labels)
 

@@ -73,7 +73,7 @@ def at_training(evidence: Evidence) -> Iterator[tuple[Case, Slots, Slots]]:
     """Of each case the context and the chars of its stretch as training has them."""
     for case in evidence.cases:
         tokens, chars, _ = case.laid_out
-        n, own = int(1 + case.piece.block_tokens[: case.end - 1].sum()), case.in_stretch()
+        n, own = case.context(case.end - 1), case.in_stretch()
         yield case, tokens.at(slice(n)), chars.at(own)
 
 

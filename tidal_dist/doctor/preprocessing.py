@@ -96,6 +96,6 @@ def written_blocks_become_their_tokens(evidence: Evidence) -> Finding:
 
 def _context_differences(case: Case, found: np.ndarray, evidence: Evidence) -> Iterator[Difference]:
     tokens = case.laid_out[0]
-    n = int(1 + case.piece.block_tokens[: case.end - 1].sum())
+    n = case.context(case.end - 1)
     ours, truth = ([evidence.tokenizer.name(int(i)) for i in ids] for ids in (found, tokens.ids[:n]))
     return array_differences(case, "token", ours, truth, tokens.block[:n], tokens.position[:n])

@@ -10,7 +10,6 @@ from data_pipeline.tokenizer import EOS
 from tidal_dist.doctor.control import TIE, held_to_text
 from tidal_dist.doctor.evidence import Case, Evidence
 from tidal_dist.doctor.report import Finding
-from tidal_dist.doctor.subject import rows_of
 from tidal_dist.training.loss import bits_per_byte
 
 _STANDARD_ERRORS = 4.0
@@ -99,10 +98,12 @@ def off_canonical_joins(evidence: Evidence) -> Finding:
     """How often generated blocks join otherwise than segmentation would cut their text, against the bits a label."""
     joins = sum(free.result.off_canonical_joins for free in evidence.free)
     chars = sum(len(free.chars.ids) for free in evidence.free)
-    pairs = zip(evidence.cases, evidence.free, strict=True)
-    where = next((f"{c.name}, from block {c.first}: {f.result.blocks}, cut otherwise as one text" for c, f in pairs
-                  if f.result.off_canonical_joins), "")  # fmt: skip
-    return _rate(joins, chars, _bits_per_label(evidence), "a char", where)
+    wrong = [
+        f"{case.name}, from block {case.first}: {free.result.blocks}, cut otherwise as one text"
+        for case, free in zip(evidence.cases, evidence.free, strict=True)
+        if free.result.off_canonical_joins
+    ]
+    return _rate(joins, chars, _bits_per_label(evidence), "a char", wrong[0] if wrong else "")
 
 
 def _rate(count: int, total: int, bits: float, unit: str, where: str) -> Finding:
@@ -134,10 +135,9 @@ def bits_repeat(evidence: Evidence) -> Finding:
 
 
 def _bits_per_byte(evidence: Evidence, max_rows: int) -> float:
-    reader, _ = rows_of(evidence.subject, evidence.split)
     nats, text_bytes = 0.0, 0
     subject = evidence.subject
-    for batch in fixed_batches(reader, max_rows, 1, (0, 1)):
+    for batch in fixed_batches(evidence.reader, max_rows, 1, (0, 1)):
         moved = batch.to(subject.device)
         subject.model.eval()
         with torch.no_grad():

@@ -5,6 +5,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from tidal_dist.inspection.report import without_nan
+
 SUSPECTS = {
     1: "positions, block order",
     2: "re-tokenising",
@@ -77,7 +79,7 @@ class Report:
 
     def as_object(self) -> dict[str, Any]:
         """What `--json` prints; figures that are no finite number are null."""
-        checks = [{k: _plain(v) for k, v in asdict(check).items()} for check in self.checks]
+        checks = [without_nan(asdict(check)) for check in self.checks]
         suspects = [
             {"number": n, "name": name, "verdict": self.verdict(n), "checks": [c for c in checks if c["suspect"] == n]}
             for n, name in SUSPECTS.items()
@@ -174,7 +176,3 @@ def _line(check: Check) -> str:
     mark = "ok" if check.verdict == "holds" else "FAILS"
     line = f"      {mark:5} {check.name}: {check.figure:.3g} {check.unit} (bound {check.bound:.3g})"
     return f"{line}; {check.more}" if check.more else line
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline.ordering import RowAddress
 from data_pipeline.rows import RowFormat, RowReader
 from data_pipeline.shards import SPLITS, Manifest
 from data_pipeline.stream import Batch
@@ -125,13 +124,12 @@ def free_memory(device: str) -> int:
     return free if limit == resource.RLIM_INFINITY else min(free, limit)
 
 
-def rows_of(subject: Subject, split: str) -> tuple[RowReader, list[RowAddress]]:
-    """The training's own reader of a split, and the addresses of all its rows.
+def reader_of(subject: Subject, split: str) -> RowReader:
+    """The training's own reader of a split's rows.
 
     Raises:
         ShardError: the shards have no plan for the training's rows.
     """
     data, model = subject.config.data, subject.config.model
     row_format = RowFormat(data.row_tokens, data.row_chars, model.char_positions)
-    reader = RowReader(subject.manifest, split, subject.tokenizer, row_format, data.seed)
-    return reader, [RowAddress(0, s, r) for s, rows in enumerate(reader.shard_rows) for r in range(rows)]
+    return RowReader(subject.manifest, split, subject.tokenizer, row_format, data.seed)

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
 import torch
 
-from data_pipeline.layout import CharPositions, Piece, Slots, beginning, blocks_of_piece, lay_out
+from data_pipeline.layout import CharPositions, LaidOut, Piece, beginning, blocks_of_piece, lay_out
 from data_pipeline.ordering import RowAddress
 from data_pipeline.rows import RowReader
 from data_pipeline.shard_reader import ShardReader
@@ -26,7 +25,6 @@ from tidal_dist.training.engine import all_sum, any_rank, device, gather_objects
 from tidal_dist.training.loss import bits_per_byte
 
 _PICTURED_BLOCKS = 48
-LaidOut = tuple[Slots, Slots, np.ndarray]
 
 
 @dataclass(frozen=True)
