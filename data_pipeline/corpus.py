@@ -1,30 +1,59 @@
-"""Corpus files -> documents: JSON lines and plain text."""
+"""What a corpus is made of: its sources, their files, and the documents that are read from them."""
 
-import glob
-import json
-import os
-import sysconfig
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from data_pipeline.documents import BadRecords, Document, ReadCounts, SideFile
+from data_pipeline.duplicates import DedupConfig
 from data_pipeline.errors import CorpusError
+from data_pipeline.filters import FilterConfig
+from data_pipeline.readers.sources import list_source
 from data_pipeline.section import Section
 
 
 class SourceConfig(Section):
-    """A set of files of one kind."""
+    """A set of files of one kind, with records of one kind.
 
-    path: str = Field(description="a file, a folder or a glob; {stdlib} stands for Python's standard library folder")
-    format: Literal["jsonl", "text"] = Field(description="jsonl: one JSON object a line; text: a file is a document")
-    exclude: list[str] = Field(default_factory=list, description="globs of paths to leave out")
-    invalid_utf8: Literal["error", "replace", "skip"] = Field(
-        "error", description="what to do with a file or line that is not UTF-8; what is not an error is counted"
+    A record is `{"text"}`, `{"prompt", "answer"}` or a chat, `{"messages": [{"role", "content"}, ...]}`, by the field
+    that it has; the fields may have other names.
+    """
+
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_.-]+$", description="names the source where sources are mixed; none: from its path"
     )
+    path: str = Field(
+        description="a file, a folder or a glob (** crosses folders), or their fsspec URL such as s3://bucket/folder; "
+        "{stdlib} stands for Python's standard library folder; files ending in .gz or .zst are decompressed"
+    )
+    format: Literal["jsonl", "text", "parquet", "csv", "warc"] = Field(
+        description="jsonl: one JSON object a line; text: a file is a document; parquet; csv: the first row names the "
+        "fields; warc: web pages, or the texts of a WET file"
+    )
+    exclude: list[str] = Field(default_factory=list, description="globs of paths to leave out")
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="passed to the fsspec client of a URL, such as endpoint_url; secrets belong in the environment",
+    )
+    invalid_utf8: Literal["error", "replace"] = Field(
+        "error", description="error: what is not UTF-8 is a bad record; replace: by U+FFFD, and counted"
+    )
+    text_field: str = "text"
+    prompt_field: str | None = Field("prompt", description="none: there is no such field")
+    answer_field: str = "answer"
+    messages_field: str | None = Field("messages", description="none: there is no such field")
+    role_field: str = Field("role", description="of a message")
+    content_field: str = Field("content", description="of a message")
+    assistant_role: str = Field("assistant", description="the role whose messages are supervised")
+    url_field: str = Field("url", description="where a document comes from, for filters and deduplication by URL")
+    csv_delimiter: str = Field(",", min_length=1, max_length=1)
+    extract: Literal["trafilatura", "none"] = Field(
+        "trafilatura", description="how the text of a WARC file's pages is found; none: their HTML is the text"
+    )
+    extract_timeout_seconds: float = Field(30.0, gt=0.0, description="a page that takes longer is a bad record")
 
 
 class CorpusConfig(Section):
@@ -32,113 +61,117 @@ class CorpusConfig(Section):
 
     sources: list[SourceConfig] = Field(min_length=1)
     validation_fraction: float = Field(0.01, ge=0.0, lt=1.0, description="share of documents held out, by their hash")
+    on_bad_record: Literal["error", "quarantine"] = Field(
+        "error",
+        description="error: stop at a malformed record; quarantine: copy it to a side file with the reason, count it",
+    )
+    filters: list[FilterConfig] = Field(
+        default_factory=list, description="tried in this order on prompt and text; the first to refuse is counted"
+    )
+    keep_filtered: bool = Field(False, description="write what the filters refuse to a side file")
+    dedup: DedupConfig = DedupConfig()
+    chat_template: str = Field(
+        "### {role}\n{content}\n\n",
+        description="a message of a chat in a prompt, which ends with what stands before {content} in the answer's own",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CorpusConfig":
+        if self.chat_template.count("{content}") != 1:
+            raise ValueError("chat_template must hold {content} once")
+        names = [s.name for s in self.sources if s.name]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"sources must have different names, {min(twice)} occurs more than once")
+        return self
 
 
 @dataclass(frozen=True)
-class Document:
-    """One document: `prompt` is context, `text` is supervised. `origin` says where it came from: file, line or 0."""
+class SourceFile:
+    """A file of a corpus: path or URL, index of its source, and its size in bytes as it is stored."""
 
-    text: str
-    prompt: str
-    origin: tuple[str, int]
-
-
-@dataclass
-class ReadCounts:
-    """What was read and what was not, so that nothing disappears unseen."""
-
-    files: int = 0
-    documents: int = 0
-    empty: int = 0
-    invalid_utf8_replaced: int = 0
-    invalid_utf8_skipped: int = 0
+    path: str
+    source: int
+    bytes: int
 
 
-def files_of(source: SourceConfig) -> list[Path]:
-    """The files of a source, sorted.
+def source_name(config: CorpusConfig, index: int) -> str:
+    """The name of a source, different from all others: its own, or made from its path."""
+    return _source_names(config)[index]
+
+
+def _source_names(config: CorpusConfig) -> list[str]:
+    taken = {s.name for s in config.sources if s.name}
+    names: list[str] = []
+    for source in config.sources:
+        name = source.name or _name_of(source.path)
+        number = 1
+        while not source.name and name in taken:
+            number += 1
+            name = f"{_name_of(source.path)}-{number}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _name_of(path: str) -> str:
+    parts = [p for p in path.replace("{stdlib}", "stdlib").rpartition("://")[2].split("/") if p]
+    plain = [p for p in parts if not any(c in p for c in "*?[")] or ["source"]
+    stem = plain[-1].lstrip(".").partition(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-") or "source"
+
+
+def files_of(source: SourceConfig, index: int = 0) -> list[SourceFile]:
+    """The files of a source, sorted by path.
+
+    Args:
+        index: of the source in its corpus.
 
     Raises:
-        CorpusError: there are none.
+        CorpusError: there are none, or they cannot be listed.
     """
-    pattern = source.path.replace("{stdlib}", sysconfig.get_path("stdlib"))
-    if os.path.isdir(pattern):
-        pattern = os.path.join(glob.escape(pattern), "**")
-    elif os.path.isfile(pattern):
-        pattern = glob.escape(pattern)
-    found = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
-    kept = [Path(p) for p in found if not any(fnmatch(p, e) for e in source.exclude)]
-    if not kept:
-        why = "there is no such file" if not found else "corpus.sources.exclude leaves out every file"
-        raise CorpusError(f"{source.path}: {why}; check corpus.sources")
-    return kept
+    return [SourceFile(path, index, size) for path, size in list_source(source)]
+
+
+def list_files(config: CorpusConfig) -> list[SourceFile]:
+    """The files of all sources, one source after the other.
+
+    Raises:
+        CorpusError: a source has none, or they cannot be listed.
+    """
+    return [file for index, source in enumerate(config.sources) for file in files_of(source, index)]
+
+
+def read_files(
+    config: CorpusConfig,
+    files: Sequence[SourceFile],
+    counts: ReadCounts,
+    quarantine: BadRecords | None = None,
+    filtered: SideFile | None = None,
+) -> Iterator[Document]:
+    """The documents of some files of a corpus, in order, without the empty ones and those that filters refuse.
+
+    Clients of remote files are opened here, so that a process may call it that was forked.
+
+    Args:
+        counts: what became of every record is added to it.
+        quarantine: where malformed records are copied if `on_bad_record` says so; none: they are only counted.
+        filtered: where refused documents are copied if `keep_filtered` says so.
+
+    Raises:
+        CorpusError: a file is unreadable or malformed, or a filter lacks what it needs.
+    """
+    try:
+        from data_pipeline.readers.formats import Reading
+    except ModuleNotFoundError as error:
+        raise CorpusError(f"reading a corpus needs {error.name}; install tidal-dist with the extra `data`") from None
+    reading = Reading(config, _source_names(config), counts, quarantine, filtered)
+    yield from reading.documents(files)
 
 
 def read_documents(config: CorpusConfig, counts: ReadCounts) -> Iterator[Document]:
-    """All documents of a corpus, in a fixed order; empty ones are only counted.
+    """All documents of a corpus, in a fixed order; see `read_files`.
 
     Raises:
         CorpusError: a file is missing, unreadable or malformed.
     """
-    for source in config.sources:
-        for path in files_of(source):
-            counts.files += 1
-            for document in _read_file(path, source, counts):
-                if document.text or document.prompt:
-                    counts.documents += 1
-                    yield document
-                else:
-                    counts.empty += 1
-
-
-def _read_file(path: Path, source: SourceConfig, counts: ReadCounts) -> Iterator[Document]:
-    try:
-        with open(path, "rb") as file:
-            if source.format == "text":
-                text = _decode(file.read(), str(path), source, counts)
-                if text is not None:
-                    yield Document(text, "", (str(path), 0))
-                return
-            for number, line in enumerate(file, 1):
-                text = _decode(line, f"{path}:{number}", source, counts)
-                if text is not None and text.strip():
-                    yield _parse_record(text, path, number)
-    except OSError as error:
-        raise CorpusError(f"{path}: cannot read ({error.strerror}); check the file and its permissions") from None
-
-
-def _decode(data: bytes, where: str, source: SourceConfig, counts: ReadCounts) -> str | None:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        if source.invalid_utf8 == "replace":
-            counts.invalid_utf8_replaced += 1
-            return data.decode(errors="replace")
-        if source.invalid_utf8 == "skip":
-            counts.invalid_utf8_skipped += 1
-            return None
-        raise CorpusError(
-            f"{where}: not UTF-8 at byte {error.start}; mend it, or set the source's invalid_utf8 to replace or skip"
-        ) from None
-
-
-def _parse_record(line: str, path: Path, number: int) -> Document:
-    where = f"{path}:{number}"
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise CorpusError(f"{where}: not JSON ({error}); every line must be one JSON object") from None
-    except RecursionError:
-        raise CorpusError(f"{where}: JSON nested too deeply; every line must be one flat JSON object") from None
-    keys = {"prompt", "answer"} if isinstance(record, dict) and "prompt" in record else {"text"}
-    if not isinstance(record, dict) or not keys <= set(record):
-        raise CorpusError(f'{where}: needs the fields "text", or "prompt" and "answer"')
-    for key in sorted(keys):
-        if not isinstance(record[key], str):
-            raise CorpusError(f'{where}: "{key}" must be a string, not {type(record[key]).__name__}')
-        if any("\ud800" <= character <= "\udfff" for character in record[key]):
-            raise CorpusError(f'{where}: "{key}" holds half of a surrogate pair, which no UTF-8 can hold; mend it')
-    if keys == {"text"}:
-        return Document(record["text"], "", (str(path), number))
-    if not record["answer"]:
-        raise CorpusError(f'{where}: "answer" is empty; nothing would be learned from it')
-    return Document(record["answer"], record["prompt"], (str(path), number))
+    yield from read_files(config, list_files(config), counts)

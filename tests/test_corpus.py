@@ -1,12 +1,27 @@
+import base64
 import json
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from data_pipeline.corpus import CorpusConfig, Document, ReadCounts, SourceConfig, files_of, read_documents
+from data_pipeline.corpus import (
+    CorpusConfig,
+    Document,
+    ReadCounts,
+    SourceConfig,
+    SourceFile,
+    files_of,
+    list_files,
+    read_documents,
+    read_files,
+    source_name,
+)
+from data_pipeline.documents import BadRecords
 from data_pipeline.errors import CorpusError
 
 
@@ -21,6 +36,10 @@ def jsonl(path: Path, **settings: Any) -> SourceConfig:
 
 def text(path: Path | str, **settings: Any) -> SourceConfig:
     return SourceConfig(path=str(path), format="text", **settings)
+
+
+def names_of(source: SourceConfig) -> list[str]:
+    return [Path(file.path).name for file in files_of(source)]
 
 
 def error_of(*sources: SourceConfig) -> str:
@@ -40,20 +59,20 @@ def test_jsonl(tmp_path: Path) -> None:
     )
     documents, counts = read(jsonl(path))
     assert documents == [
-        Document("one\n潮", "", (str(path), 1)),
-        Document(" 2", "1 + 1 =", (str(path), 4)),
-        Document("x", "", (str(path), 5)),
-        Document("🙂", "", (str(path), 6)),
+        Document("one\n潮", "", (str(path), 1), "a"),
+        Document(" 2", "1 + 1 =", (str(path), 4), "a"),
+        Document("x", "", (str(path), 5), "a"),
+        Document("🙂", "", (str(path), 6), "a"),
     ]
-    assert counts == ReadCounts(files=1, documents=4)
+    assert counts == ReadCounts(files=1, records=4, documents=4)
 
 
 def test_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("潮汐\r\nsecond line\n".encode())
     documents, counts = read(text(path))
-    assert documents == [Document("潮汐\r\nsecond line\n", "", (str(path), 0))]
-    assert counts == ReadCounts(files=1, documents=1)
+    assert documents == [Document("潮汐\r\nsecond line\n", "", (str(path), 0), "a")]
+    assert counts == ReadCounts(files=1, records=1, documents=1)
 
 
 def test_sources_are_read_in_their_order_and_files_sorted(tmp_path: Path) -> None:
@@ -63,22 +82,22 @@ def test_sources_are_read_in_their_order_and_files_sorted(tmp_path: Path) -> Non
     (tmp_path / "z.jsonl").write_text('{"text": "z"}\n')
     documents, counts = read(jsonl(tmp_path / "z.jsonl"), text(tmp_path, exclude=["*.jsonl"]))
     assert [d.text for d in documents] == ["z", "a.txt", "b.txt", "sub/c.txt"]
-    assert counts == ReadCounts(files=4, documents=4)
+    assert counts == ReadCounts(files=4, records=4, documents=4)
 
 
 def test_glob(tmp_path: Path) -> None:
     for name in ("a.txt", "b.md", "sub/c.txt", "sub/deep/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(name)
-    assert [p.name for p in files_of(text(tmp_path / "*.txt"))] == ["a.txt"]
-    assert [p.name for p in files_of(text(tmp_path / "**" / "*.txt"))] == ["a.txt", "c.txt", "d.txt"]
-    assert [p.name for p in files_of(text(tmp_path))] == ["a.txt", "b.md", "c.txt", "d.txt"]
+    assert names_of(text(tmp_path / "*.txt")) == ["a.txt"]
+    assert names_of(text(tmp_path / "**" / "*.txt")) == ["a.txt", "c.txt", "d.txt"]
+    assert names_of(text(tmp_path)) == ["a.txt", "b.md", "c.txt", "d.txt"]
 
 
 def test_exclude(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "draft_a.txt"):
         (tmp_path / name).write_text(name)
-    assert [p.name for p in files_of(text(tmp_path, exclude=["*/draft_*", "*/b.txt"]))] == ["a.txt"]
+    assert names_of(text(tmp_path, exclude=["*/draft_*", "*/b.txt"])) == ["a.txt"]
     with pytest.raises(CorpusError, match=r"corpus\.sources\.exclude leaves out every file"):
         files_of(text(tmp_path, exclude=["*"]))
 
@@ -87,13 +106,15 @@ def test_a_path_with_glob_characters_is_a_path(tmp_path: Path) -> None:
     folder = tmp_path / "run [v2]"
     folder.mkdir()
     (folder / "a[1].txt").write_text("x")
-    assert files_of(text(folder / "a[1].txt")) == [folder / "a[1].txt"]
-    assert files_of(text(folder)) == [folder / "a[1].txt"]
+    found = [SourceFile(str(folder / "a[1].txt"), 0, 1)]
+    assert files_of(text(folder / "a[1].txt")) == found
+    assert files_of(text(folder)) == found
+    assert [d.text for d in read(text(folder))[0]] == ["x"]
 
 
 def test_stdlib_placeholder() -> None:
     (found,) = files_of(text("{stdlib}/textwrap.py"))
-    assert found == Path(sysconfig.get_path("stdlib")) / "textwrap.py"
+    assert found.path == str(Path(sysconfig.get_path("stdlib")) / "textwrap.py")
     documents, _ = read(text("{stdlib}/textwrap.py"))
     assert "def wrap" in documents[0].text
 
@@ -103,7 +124,7 @@ def test_empty_documents_are_counted(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     documents, counts = read(jsonl(tmp_path / "a.jsonl"), text(tmp_path / "empty.txt"))
     assert [d.text for d in documents] == ["x"]
-    assert counts == ReadCounts(files=2, documents=1, empty=3)
+    assert counts == ReadCounts(files=2, records=4, documents=1, empty=3)
 
 
 @pytest.fixture
@@ -125,14 +146,23 @@ def test_invalid_utf8_replaced(broken_utf8: Path) -> None:
     sources = [f(broken_utf8 / n, invalid_utf8="replace") for f, n in ((jsonl, "a.jsonl"), (text, "b.txt"))]
     documents, counts = read(*sources)
     assert [d.text for d in documents] == ["good", "b\ufffdd", "\ufffd", "end", "caf\ufffd"]
-    assert counts == ReadCounts(files=2, documents=5, invalid_utf8_replaced=3)
+    assert counts == ReadCounts(files=2, records=5, documents=5, invalid_utf8_replaced=3)
 
 
-def test_invalid_utf8_skipped(broken_utf8: Path) -> None:
-    sources = [f(broken_utf8 / n, invalid_utf8="skip") for f, n in ((jsonl, "a.jsonl"), (text, "b.txt"))]
-    documents, counts = read(*sources)
+def test_invalid_utf8_quarantined(broken_utf8: Path, tmp_path: Path) -> None:
+    sources = [jsonl(broken_utf8 / "a.jsonl"), text(broken_utf8 / "b.txt")]
+    config, counts = CorpusConfig(sources=sources, on_bad_record="quarantine"), ReadCounts()
+    with BadRecords(tmp_path / "bad.jsonl") as bad:
+        documents = list(read_files(config, list_files(config), counts, bad))
     assert [(d.text, d.origin[1]) for d in documents] == [("good", 1), ("end", 4)]
-    assert counts == ReadCounts(files=2, documents=2, invalid_utf8_skipped=3)
+    assert counts == ReadCounts(files=2, records=5, documents=2, bad_records={"invalid_utf8": 3})
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text("utf-8").splitlines()]
+    assert [(Path(x["file"]).name, x["line"], x["reason"]) for x in lines] == [
+        ("a.jsonl", 2, "invalid_utf8"),
+        ("a.jsonl", 3, "invalid_utf8"),
+        ("b.txt", 0, "invalid_utf8"),
+    ]
+    assert base64.b64decode(lines[0]["record_base64"]) == b'{"text": "b\xffd"}\n'
 
 
 @pytest.mark.parametrize(
@@ -216,3 +246,93 @@ def test_every_character_of_a_text_survives(tmp_path: Path) -> None:
     for source in (text(tmp_path / "a.txt"), jsonl(tmp_path / "a.jsonl")):
         ((document,), _) = read(source)
         assert document.text == everything
+
+
+def test_nan_and_huge_numbers_in_other_fields_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "score": NaN}\n{"text": "y", "n": ' + "9" * 400 + "}\n")
+    assert [d.text for d in read(jsonl(tmp_path / "a.jsonl"))[0]] == ["x", "y"]
+
+
+def test_nul_bytes_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a\0b\n\0")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\u0000b"}\n')
+    documents, _ = read(text(tmp_path / "a.txt"), jsonl(tmp_path / "a.jsonl"))
+    assert [d.text for d in documents] == ["a\0b\n\0", "a\0b"]
+
+
+def test_a_line_of_fifty_megabytes(tmp_path: Path) -> None:
+    long = "潮汐 tide " * 4_500_000
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": long}, ensure_ascii=False) + '\n{"text": "next"}\n', "utf-8", newline="\n"
+    )
+    assert (tmp_path / "a.jsonl").stat().st_size > 50_000_000
+    documents, _ = read(jsonl(tmp_path / "a.jsonl"))
+    assert [d.text for d in documents] == [long, "next"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/b/c.jsonl"], ["c"]),
+        (["data/*.jsonl", "other/data/"], ["data", "data-2"]),
+        (["{stdlib}/**/*.py", "{stdlib}"], ["stdlib", "stdlib-2"]),
+        (["s3://bucket/web pages/**/*.parquet", "s3://bucket/*"], ["web-pages", "bucket"]),
+        (["*.txt", "/", ".hidden/*", "潮/*"], ["source", "source-2", "hidden", "source-3"]),
+    ],
+)
+def test_sources_have_names_of_their_own(paths: list[str], names: list[str]) -> None:
+    config = CorpusConfig(sources=[text(path) for path in paths])
+    assert [source_name(config, i) for i in range(len(paths))] == names
+
+
+def test_a_given_name_is_kept_and_in_every_document(tmp_path: Path) -> None:
+    (tmp_path / "web.txt").write_text("x")
+    config = CorpusConfig(sources=[text(tmp_path / "web.txt"), text(tmp_path / "web.txt", name="web")])
+    assert [source_name(config, i) for i in range(2)] == ["web-2", "web"]
+    assert [d.source for d in read_documents(config, ReadCounts())] == ["web-2", "web"]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"name": "a b"}, "String should match pattern"),
+        ({"csv_delimiter": ",,"}, "at most 1 character"),
+        ({"invalid_utf8": "skip"}, "'error' or 'replace'"),
+        ({"extract_timeout_seconds": 0.0}, "greater than 0"),
+    ],
+)
+def test_a_source_is_checked(change: dict[str, Any], part: str) -> None:
+    with pytest.raises(ValidationError, match=part):
+        SourceConfig(**{"path": "a", "format": "csv"} | change)
+
+
+def test_a_corpus_is_checked() -> None:
+    with pytest.raises(ValidationError, match="b occurs more than once"):
+        CorpusConfig(sources=[text("a", name="b"), text("c", name="b")])
+    for template in ("### {role}\n", "{content}{content}"):
+        with pytest.raises(ValidationError, match=r"must hold \{content\} once"):
+            CorpusConfig(sources=[text("a")], chat_template=template)
+
+
+def test_counts_add_up() -> None:
+    counts = ReadCounts(files=1, bad_records={"a": 1})
+    counts.add(ReadCounts(files=2, documents=3, bad_records={"a": 1, "b": 2}))
+    counts.add(asdict(ReadCounts(empty=4, filtered={"c": 5})))
+    assert counts == ReadCounts(files=3, documents=3, empty=4, bad_records={"a": 2, "b": 2}, filtered={"c": 5})
+
+
+def test_some_files_of_a_corpus(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    config = CorpusConfig(sources=[text(tmp_path), text(tmp_path / "b.txt", name="again")])
+    files = list_files(config)
+    assert [(Path(f.path).name, f.source, f.bytes) for f in files] == [
+        ("a.txt", 0, 1),
+        ("b.txt", 0, 1),
+        ("c.txt", 0, 1),
+        ("b.txt", 1, 1),
+    ]
+    assert [(d.text, d.source) for d in read_files(config, files[2:], ReadCounts())] == [
+        ("c", source_name(config, 0)),
+        ("b", "again"),
+    ]

@@ -1,0 +1,1 @@
+"""Files of every format, on disk or behind a URL, as documents."""
