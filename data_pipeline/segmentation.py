@@ -25,6 +25,14 @@ _UNSPACED_LETTER = rf"[[{_UNSPACED}]&&[\p{{L}}\p{{M}}]]"
 _WORD_LETTER = rf"[[\p{{L}}\p{{M}}]--[{_UNSPACED}]]"
 _SIGN = r"(?<![\p{L}\p{M}\p{N}])-(?=\p{N})"
 _OTHER = r"[^\s\p{L}\p{M}\p{N}]"
+# What the rules below tell apart. Every character is of exactly one of these classes.
+CHARACTER_CLASSES = {
+    "white": r"\s",
+    "unspaced": _UNSPACED_LETTER,
+    "word": _WORD_LETTER,
+    "number": r"\p{N}",
+    "other": _OTHER,
+}
 
 
 class SegmentationConfig(Section):
