@@ -23,7 +23,8 @@ import torch
 from data_pipeline import layout
 from data_pipeline.arithmetic import held_out_problems
 from data_pipeline.errors import UserError
-from data_pipeline.layout import NO_DOCUMENT, Slots, lay_out, may_see, pack, piece_of_text
+from data_pipeline.layout import NO_DOCUMENT, Slots, lay_out, may_see, pack
+from data_pipeline.pieces import piece_of_text
 from data_pipeline.stream import batch_of_rows
 from data_pipeline.tokenizer import BOS, MixedTokenizer
 from tidal_dist.export.package import Exported, load_export

@@ -15,3 +15,14 @@ class ShardError(UserError):
 
 class TokenizerError(UserError):
     """A tokeniser file is missing, broken or of a kind that cannot be used."""
+
+
+class BadShardError(ShardError):
+    """One shard cannot be read as it was written: `shard` is its index in its split's list, `name` its name."""
+
+    def __init__(self, message: str, shard: int, name: str):
+        super().__init__(message)
+        self.shard, self.name = shard, name
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.shard, self.name)

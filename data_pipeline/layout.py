@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_pipeline.segmentation import segment
-from data_pipeline.tokenizer import BOB, BOS, EOB, EOS, PAD, MixedTokenizer
+from data_pipeline.pieces import Piece
+from data_pipeline.tokenizer import BOB, BOS, EOB, EOS, PAD
 
 CharPositions = Literal["mirrored", "forward"]
 TokenAttention = Literal["block", "causal"]
@@ -33,11 +33,6 @@ def char_position(start_pos: Any, c: Any, char_positions: CharPositions) -> Any:
 def char_place(c: Any) -> Any:
     """Place, counted from 1 at the block's end, of the char that the query at char `c` predicts."""
     return c + 1
-
-
-def reverse_block(data: bytes) -> bytes:
-    """A block's bytes in the order of generation, or a generated block's bytes in reading order."""
-    return data[::-1]
 
 
 @dataclass(frozen=True)
@@ -104,73 +99,6 @@ def may_see(query: Slots, key: Slots, token_attention: TokenAttention) -> Any:
     return together & (key.index < 0)  # no index is negative: a token never sees a char
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A document, or a part of one cut at block borders, as blocks.
-
-    Attributes:
-        tokens: (n,) token ids of all blocks.
-        chars: (m,) uint8, every block's bytes reversed, block after block.
-        block_tokens: (k,) tokens of each block.
-        block_bytes: (k,) bytes of each block.
-        supervised_from: first supervised block; those before it are a prompt.
-        ends_document: the last block ends in `<eos>`; otherwise in `<eob>`.
-    """
-
-    tokens: np.ndarray
-    chars: np.ndarray
-    block_tokens: np.ndarray
-    block_bytes: np.ndarray
-    supervised_from: int = 0
-    ends_document: bool = True
-
-
-def piece_of_blocks(
-    blocks: Sequence[str], tokenizer: MixedTokenizer, supervised_from: int = 0, ends_document: bool = True
-) -> Piece:
-    """The piece that consists of `blocks`."""
-    encoded = [tokenizer.encode_block(block) for block in blocks]
-    data = [reverse_block(block.encode()) for block in blocks]
-    return Piece(
-        tokens=np.array([i for ids in encoded for i in ids], dtype=np.int64),
-        chars=np.frombuffer(b"".join(data), dtype=np.uint8),
-        block_tokens=np.array([len(ids) for ids in encoded], dtype=np.int64),
-        block_bytes=np.array([len(d) for d in data], dtype=np.int64),
-        supervised_from=supervised_from,
-        ends_document=ends_document,
-    )
-
-
-def piece_of_text(prompt: str, text: str, tokenizer: MixedTokenizer) -> Piece:
-    """The piece of a whole document; `prompt` and `text` are segmented apart, and only `text` is supervised."""
-    before = segment(prompt, tokenizer.segmentation)
-    return piece_of_blocks(before + segment(text, tokenizer.segmentation), tokenizer, len(before))
-
-
-def beginning(piece: Piece, end: int) -> Piece:
-    """The blocks of a piece before block `end`; where that leaves some out, the document does not end there."""
-    return replace(
-        piece,
-        tokens=piece.tokens[: piece.block_tokens[:end].sum()],
-        chars=piece.chars[: piece.block_bytes[:end].sum()],
-        block_tokens=piece.block_tokens[:end],
-        block_bytes=piece.block_bytes[:end],
-        ends_document=piece.ends_document and end >= len(piece.block_bytes),
-    )
-
-
-def blocks_of_piece(piece: Piece) -> list[str]:
-    """The texts of a piece's blocks."""
-    data, ends = piece.chars.tobytes(), np.cumsum(piece.block_bytes).tolist()
-    return [reverse_block(data[start:end]).decode() for start, end in pairwise([0, *ends])]
-
-
-def slot_counts(block_tokens: np.ndarray, block_bytes: np.ndarray, supervised_from: int) -> tuple[int, int]:
-    """Token slots and char slots that a piece of these blocks takes."""
-    supervised = block_bytes[supervised_from:]
-    return 1 + int(block_tokens[:-1].sum()), int(supervised.sum()) + len(supervised)
-
-
 def token_slots(
     ids: np.ndarray, block_tokens: np.ndarray, byte_lengths: np.ndarray, *, first_block: int, start_pos: int
 ) -> Slots:
@@ -180,20 +108,31 @@ def token_slots(
         ids: (n,) token ids. block_tokens: (k,) tokens of each block. byte_lengths: (n,) bytes of each token.
         first_block: index of the first of the blocks. start_pos: tokens before it.
     """
-    n_blocks = len(block_tokens)
-    block = np.repeat(np.arange(n_blocks), block_tokens)
-    index = start_pos + np.arange(len(ids))
-    starts = np.cumsum(block_tokens) - block_tokens
-    ends_of_tokens = np.cumsum(byte_lengths)
+    starts = start_pos + np.cumsum(block_tokens) - block_tokens
+    return _tokens_of_blocks(ids, block_tokens, byte_lengths, first_block + np.arange(len(block_tokens)), starts)
+
+
+def _tokens_of_blocks(
+    ids: np.ndarray, block_tokens: np.ndarray, byte_lengths: np.ndarray, block: np.ndarray, start_pos: np.ndarray
+) -> Slots:
+    """Slots of the tokens of whole blocks, which may belong to several documents.
+
+    Args:
+        block: (k,) index of each block in its document. start_pos: (k,) tokens before it there.
+    """
+    ends = np.cumsum(block_tokens)
+    of = np.repeat(np.arange(len(block_tokens)), block_tokens)
+    index = np.arange(len(ids), dtype=np.int32) + (start_pos - ends + block_tokens).astype(np.int32).take(of)
+    ends_of_tokens = np.cumsum(byte_lengths, dtype=np.int32)
     # A token's place is that of its last byte: bytes up to the block's end, less those up to the token's end, from 1.
-    places = ends_of_tokens[(starts + block_tokens - 1)[block]] - ends_of_tokens + 1
+    places = (ends_of_tokens.take(ends - 1) + np.int32(1)).take(of) - ends_of_tokens
     return Slots(
         stream="token",
         ids=ids,
         document=np.ones_like(index),
-        block=first_block + block,
+        block=block.take(of),
         index=index,
-        start_pos=start_pos + starts[block],
+        start_pos=start_pos.take(of),
         position=index,
         place=places,
     )
@@ -248,35 +187,146 @@ def lay_out(
         place_shift: added to every place of the piece.
 
     Returns:
-        tokens: Slots of shape (t,). chars: Slots of shape (c,). labels: (c,) int64.
+        tokens: Slots of shape (t,). chars: Slots of shape (c,). labels: (c,).
     """
-    n_read = int(piece.block_tokens[:-1].sum())
-    ids = piece.tokens[:n_read]
-    tokens = concatenate(
-        [
-            bos_slot(),
-            token_slots(ids, piece.block_tokens[:-1], byte_lengths[ids], first_block=0, start_pos=1),
-        ]
+    shifts = np.array([place_shift])
+    chars, labels, _ = _char_stream([piece], char_positions, shifts)
+    return _token_stream([piece], byte_lengths, shifts)[0], chars, labels
+
+
+def _token_stream(pieces: Sequence[Piece], byte_lengths: np.ndarray, shifts: np.ndarray) -> tuple[Slots, np.ndarray]:
+    """The token streams of pieces, end to end, and the number of slots of each; all of document 1.
+
+    `<bos>` is laid out as a block -1 of one token that stands for no byte.
+    """
+    one, bos = np.ones(1, np.int32), np.full(1, BOS, np.int32)
+    counts = np.array([1 + len(p.tokens) - int(p.block_tokens[-1]) for p in pieces])
+    block_counts = np.array([len(p.block_tokens) for p in pieces])
+    ids = _joined_arrays([a for p, n in zip(pieces, counts, strict=True) for a in (bos, p.tokens[: n - 1])])
+    block_tokens = _joined_arrays([a for p in pieces for a in (one, p.block_tokens[:-1])])
+    block = _numbered_within(block_counts) - 1
+    starts = (np.cumsum(block_tokens) - block_tokens).astype(np.int32)
+    first_slots = np.cumsum(counts) - counts
+    starts -= np.repeat(first_slots, block_counts).astype(np.int32)
+    slots = _tokens_of_blocks(ids, block_tokens, byte_lengths.take(ids), block, starts)
+    place = _shifted(slots.place, shifts, counts)
+    place[first_slots] = NO_PLACE
+    return replace(slots, place=place), counts
+
+
+def _char_stream(
+    pieces: Sequence[Piece], char_positions: CharPositions, shifts: np.ndarray
+) -> tuple[Slots, np.ndarray, np.ndarray]:
+    """The char streams of pieces, end to end, their labels, and the number of slots of each; all of document 1."""
+    block_counts = np.array([len(p.block_bytes) for p in pieces])
+    supervised_from = np.array([p.supervised_from for p in pieces])
+    block = _numbered_within(block_counts)
+    block_tokens = _joined_arrays([p.block_tokens for p in pieces])
+    starts = np.cumsum(block_tokens) - block_tokens
+    starts = 1 + starts - np.repeat(starts[np.cumsum(block_counts) - block_counts], block_counts)
+    own = block >= np.repeat(supervised_from, block_counts)
+    sizes = _joined_arrays([p.block_bytes for p in pieces])[own]
+    runs = sizes + 1
+    ends = np.cumsum(runs)
+    run, c = _counted(ends, ends - runs)
+    supervised = _joined_arrays([p.chars[int(p.block_bytes[: p.supervised_from].sum()) :] for p in pieces])
+    # Of the slots before a char, its own run's and those before it each have one that is no char.
+    ids = supervised.take(np.arange(len(run), dtype=np.int32) - run - 1, mode="clip")
+    ids[ends - runs] = BOB
+    # A run's labels are its input, one char on, and the end mark.
+    labels = np.empty_like(ids)
+    labels[:-1] = ids[1:]
+    labels[ends - 1] = EOB
+    ends_of_pieces = np.concatenate([[0], ends])[np.cumsum(block_counts - supervised_from)]
+    labels[ends_of_pieces[np.array([p.ends_document for p in pieces])] - 1] = EOS
+    counts = np.diff(ends_of_pieces, prepend=0)
+    slots = char_slots(ids, c, block[own].take(run), starts[own].astype(np.int32).take(run), char_positions)
+    return replace(slots, place=_shifted(slots.place, shifts, counts)), labels, counts
+
+
+def _counted(ends: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each slot of runs that lie end to end the number of its run, and how far it is from the run's first slot."""
+    # A third of the time of np.repeat, where runs are of several slots.
+    run = np.zeros(int(ends[-1]) if len(ends) else 0, np.int32)
+    run[starts[1:]] = 1
+    np.cumsum(run, out=run)
+    return run, np.arange(len(run), dtype=np.int32) - starts.astype(np.int32).take(run)
+
+
+def _shifted(place: np.ndarray, shifts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return place + np.repeat(shifts, counts).astype(np.int32) if shifts.any() else place
+
+
+def _joined_arrays(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays, dtype=np.int32)
+
+
+def _numbered_within(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, ..."""
+    return (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.int32)
+
+
+def lay_out_rows(
+    rows: Sequence[Sequence[Piece]],
+    shifts: Sequence[Sequence[int]],
+    byte_lengths: np.ndarray,
+    char_positions: CharPositions,
+    shape: tuple[int, int],
+) -> "LaidOut":
+    """Rows of packed pieces at once: what `lay_out` and `pack` make of each, stacked.
+
+    Args:
+        rows: the pieces of each of B rows; a row may be empty.
+        shifts: the shift of places of each piece.
+        shape: token slots T and char slots C of a row.
+
+    Returns:
+        tokens: Slots of shape (B, T). chars: Slots of shape (B, C). labels: (B, C). All int32.
+    """
+    pieces = [piece for row in rows for piece in row]
+    if not pieces:
+        streams = padding("token", (len(rows), shape[0])), padding("char", (len(rows), shape[1]))
+        return *streams, np.full((len(rows), shape[1]), IGNORED, np.int32)
+    flat_shifts = np.array([shift for row in shifts for shift in row])
+    row_pieces = [len(row) for row in rows]
+    tokens, token_counts = _token_stream(pieces, byte_lengths, flat_shifts)
+    chars, labels, char_counts = _char_stream(pieces, char_positions, flat_shifts)
+    ends = _ends_of_rows(char_counts, row_pieces)
+    return (
+        _in_rows(tokens, token_counts, row_pieces, shape[0]),
+        _in_rows(chars, char_counts, row_pieces, shape[1]),
+        _padded(labels, ends, shape[1], IGNORED),
     )
-    s = piece.supervised_from
-    sizes = piece.block_bytes[s:].astype(np.int64)
-    run = np.repeat(np.arange(len(sizes)), sizes + 1)
-    run_starts = np.cumsum(sizes + 1) - (sizes + 1)
-    c = np.arange(len(run)) - run_starts[run]
-    start_pos = (1 + np.cumsum(piece.block_tokens) - piece.block_tokens)[s:][run]
-    supervised = piece.chars[int(piece.block_bytes[:s].sum()) :].astype(np.int64)
-    ids = np.empty(len(run), np.int64)
-    labels = np.empty(len(run), np.int64)
-    is_bob = c == 0
-    ids[is_bob], ids[~is_bob] = BOB, supervised
-    is_end = c == sizes[run]
-    labels[is_end], labels[~is_end] = EOB, supervised
-    if piece.ends_document:
-        labels[-1] = EOS
-    chars = char_slots(ids, c, s + run, start_pos, char_positions)
-    if place_shift:
-        tokens, chars = shift_places(tokens, place_shift), shift_places(chars, place_shift)
-    return tokens, chars, labels
+
+
+def _in_rows(flat: Slots, counts: np.ndarray, row_pieces: list[int], width: int) -> Slots:
+    """Slots (B, width) of pieces that lie end to end, `counts` slots of each; pieces are numbered within their row."""
+    ends, empty = _ends_of_rows(counts, row_pieces), padding(flat.stream, 1)
+    rows = {n: _padded(a, ends, width, int(getattr(empty, n)[0])) for n, a in flat.arrays().items()}
+    number = iter(counts.tolist())
+    for row, n_pieces in enumerate(row_pieces):
+        start = 0
+        for document in range(1, n_pieces + 1):
+            end = start + next(number)
+            rows["document"][row, start:end] = document
+            start = end
+    return Slots(flat.stream, **rows)
+
+
+def _ends_of_rows(counts: np.ndarray, row_pieces: list[int]) -> list[int]:
+    """Where the slots of each row start, and where those of the last end. counts: (pieces,) slots of each piece."""
+    ends_of_pieces = np.concatenate([[0], np.cumsum(counts)])
+    return ends_of_pieces[np.concatenate([[0], np.cumsum(row_pieces)])].tolist()
+
+
+def _padded(flat: np.ndarray, ends: list[int], width: int, value: int) -> np.ndarray:
+    """Rows (B, width) of what lies end to end, filled up with `value`."""
+    rows = np.empty((len(ends) - 1, width), np.int32)
+    for row, (start, end) in enumerate(pairwise(ends)):
+        assert end - start <= width, "the row plan overfilled a row"
+        rows[row, : end - start] = flat[start:end]
+        rows[row, end - start :] = value
+    return rows
 
 
 LaidOut = tuple[Slots, Slots, np.ndarray]  # tokens, chars and labels of a document or a row
@@ -301,10 +351,11 @@ def place_count(max_block_bytes: int, place_shift: int) -> int:
     return 1 + char_place(max_block_bytes) + place_shift
 
 
-def padding(stream: Literal["token", "char"], count: int) -> Slots:
-    """`count` slots of padding."""
-    zero = np.zeros(count, np.int64)
-    return Slots(stream, zero + PAD, zero + NO_DOCUMENT, zero, zero, zero, zero, zero + NO_PLACE)
+def padding(stream: Literal["token", "char"], shape: int | tuple[int, ...]) -> Slots:
+    """Slots of padding, in arrays of their own."""
+    values = {"ids": PAD, "document": NO_DOCUMENT, "place": NO_PLACE}
+    names = [f.name for f in fields(Slots) if f.name != "stream"]
+    return Slots(stream, **{name: np.full(shape, values.get(name, 0), np.int32) for name in names})
 
 
 def pack(
@@ -319,5 +370,5 @@ def pack(
     assert n_chars <= row_chars, "the row plan overfilled a row"
     tokens = concatenate([*token_parts, padding("token", row_tokens - n_tokens)])
     chars = concatenate([*char_parts, padding("char", row_chars - n_chars)])
-    labels = np.concatenate([*(y for _, _, y in laid_out), np.full(row_chars - n_chars, IGNORED, np.int64)])
+    labels = np.concatenate([*(y for _, _, y in laid_out), np.full(row_chars - n_chars, IGNORED, np.int32)])
     return tokens, chars, labels

@@ -1,106 +1,182 @@
 """Row plans on disk, and rows read by them: a row's documents, and its two streams."""
 
 import hashlib
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline.errors import ShardError
-from data_pipeline.files import replace_file, sha256_of, whole_file
-from data_pipeline.layout import CharPositions, Piece, Slots, lay_out, pack
-from data_pipeline.ordering import Order, RowAddress, row_random
-from data_pipeline.packing import RowPlan, plan_rows
+from data_pipeline.errors import BadShardError, ShardError
+from data_pipeline.files import write_npz
+from data_pipeline.layout import CharPositions, LaidOut, lay_out_rows
+from data_pipeline.ordering import RowAddress, row_random
+from data_pipeline.packing import DocumentLengths, RowPlan, plan_rows
+from data_pipeline.pieces import Piece
 from data_pipeline.shard_reader import ShardReader
-from data_pipeline.shards import Manifest, check_file
+from data_pipeline.shards import DataConfig, Manifest
+from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import MixedTokenizer
+
+PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How a row is laid out: its slots, the char positions, and the largest random shift of places."""
+    """How a row is laid out: its slots, the char positions, the largest random shift of places, the overlap of
+    the pieces of long documents in tokens."""
 
     row_tokens: int
     row_chars: int
     char_positions: CharPositions = "mirrored"
     place_shift: int = 0
+    overlap_tokens: int = 0
+
+    @property
+    def plan_name(self) -> str:
+        """The folder, beside the shards, of the row plan for these slots."""
+        overlap = f"-overlap-{self.overlap_tokens}" if self.overlap_tokens else ""
+        return f"rows-{self.row_tokens}x{self.row_chars}{overlap}"
 
 
-def plan_folder(manifest: Manifest, row_tokens: int, row_chars: int) -> Path:
-    """Where the row plan for these slots is stored."""
-    return manifest.folder / f"rows-{row_tokens}x{row_chars}"
+def row_format_of(data: DataConfig, char_positions: CharPositions = "mirrored", place_shift: int = 0) -> RowFormat:
+    """The rows that a configuration asks for."""
+    return RowFormat(data.row_tokens, data.row_chars, char_positions, place_shift, data.overlap_tokens)
 
 
-def write_row_plan(manifest: Manifest, row_tokens: int, row_chars: int) -> None:
-    """Plan the rows of every shard and store the plan beside the shards; `plan.json` is written last.
+def plan_shard(storage: Storage, name: str, lengths: DocumentLengths, row_format: RowFormat) -> dict[str, Any]:
+    """Plan the rows of one shard and store the plan; its entry in `plan.json`.
 
     Raises:
         ShardError: a block does not fit in a row.
     """
-    folder = plan_folder(manifest, row_tokens, row_chars)
-    shards: dict[str, list[dict[str, Any]]] = {}
-    for split in manifest.content["splits"]:
-        shards[split] = []
-        for shard in manifest.shards(split):
-            plan = plan_rows(manifest.lengths(shard), row_tokens, row_chars, shard["name"])
-            path = folder / f"{shard['name']}.npz"
-            with whole_file(path) as file:
-                np.savez_compressed(file, allow_pickle=False, **vars(plan))
-            shards[split].append({"rows": plan.rows, "sha256": sha256_of(path)})
-    content = {"manifest": manifest.hash, "row_tokens": row_tokens, "row_chars": row_chars, "shards": shards}
-    replace_file(folder / "plan.json", json.dumps(content).encode())
+    plan = plan_rows(lengths, row_format.row_tokens, row_format.row_chars, name, row_format.overlap_tokens)
+    file = io.BytesIO()
+    write_npz(file, vars(plan))
+    data = file.getvalue()
+    storage.write(f"{row_format.plan_name}/{name}.npz", data)
+    return {
+        "name": name,
+        "rows": plan.rows,
+        "size": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "token_slots": int(plan.token_slots.sum(dtype=np.int64)),
+        "char_slots": int(plan.char_slots.sum(dtype=np.int64)),
+    }
 
 
-def planned_rows(manifest: Manifest, row_tokens: int, row_chars: int) -> dict[str, list[int]]:
-    """Rows of every shard by split, from the stored plan.
+def write_row_plan(
+    manifest: Manifest, row_format: RowFormat, planned: Mapping[str, dict[str, Any]] | None = None
+) -> None:
+    """Plan the rows of every shard and store the plan beside the shards; `plan.json` is written last.
+
+    Args:
+        planned: entries, by shard, of plans that are stored already (`plan_shard`).
+
+    Raises:
+        ShardError: a block does not fit in a row.
+    """
+    planned = planned or {}
+    shards = {
+        split: [
+            planned.get(shard["name"])
+            or plan_shard(manifest.storage, shard["name"], manifest.lengths(shard), row_format)
+            for shard in manifest.shards(split)
+        ]
+        for split in manifest.content["splits"]
+    }
+    content = {
+        "manifest": manifest.hash,
+        "row_tokens": row_format.row_tokens,
+        "row_chars": row_format.row_chars,
+        "overlap_tokens": row_format.overlap_tokens,
+        "shards": shards,
+    }
+    manifest.storage.write(f"{row_format.plan_name}/{PLAN}", json.dumps(content).encode())
+
+
+def has_row_plan(manifest: Manifest, row_format: RowFormat) -> bool:
+    """Whether there is a plan for these slots."""
+    return manifest.storage.exists(f"{row_format.plan_name}/{PLAN}")
+
+
+def read_row_plan(manifest: Manifest, row_format: RowFormat) -> dict[str, list[dict[str, Any]]]:
+    """By split, the entry of every shard's plan: rows, size, sha256, slots that are filled.
 
     Raises:
         ShardError: there is no plan for these slots, or it belongs to other shards.
     """
-    content = _plan_content(manifest, row_tokens, row_chars)
-    return {split: [shard["rows"] for shard in shards] for split, shards in content.items()}
-
-
-def _plan_content(manifest: Manifest, row_tokens: int, row_chars: int) -> dict[str, list[dict[str, Any]]]:
-    """By split, rows and sha256 of every shard's plan."""
-    path = plan_folder(manifest, row_tokens, row_chars) / "plan.json"
+    name = f"{row_format.plan_name}/{PLAN}"
+    where = manifest.storage.describe(name)
+    folder = where.removesuffix(f"/{PLAN}")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(manifest.storage.read(name))
         if content["manifest"] != manifest.hash:
-            raise ShardError(f"{path}: the row plan belongs to other shards; remove {path.parent} and plan again")
+            raise ShardError(f"{where}: the row plan belongs to other shards; remove {folder} and plan again")
         return content["shards"]
-    except FileNotFoundError:
-        raise ShardError(f"{path}: no row plan for {row_tokens}x{row_chars} slots; run `tidal plan-rows`") from None
+    except (FileNotFoundError, NotADirectoryError):
+        slots = f"{row_format.row_tokens}x{row_format.row_chars}"
+        raise ShardError(f"{where}: no row plan for {slots} slots; run `tidal plan-rows`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path}: not a row plan ({error!r}); remove {path.parent} and plan again") from None
+        raise ShardError(f"{where}: not a row plan ({error!r}); remove {folder} and plan again") from None
+
+
+class PieceOrigin(NamedTuple):
+    """Where a piece of a row comes from.
+
+    Attributes:
+        document: number in its shard. file, line: that it comes from; line or record from 1, 0 for a whole file.
+        first_block, end_block: the piece's blocks in the document. first_byte: bytes of the document before them.
+    """
+
+    document: int
+    file: str
+    line: int
+    first_block: int
+    end_block: int
+    first_byte: int
 
 
 class RowReader:
-    """Reads rows of one split: addresses in, streams out. Keeps the last few shards open."""
+    """Reads rows of one split: addresses in, streams out. Keeps the last shards open, `open_shards` at most."""
 
-    def __init__(self, manifest: Manifest, split: str, tokenizer: MixedTokenizer, row_format: RowFormat, seed: int):
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        tokenizer: MixedTokenizer,
+        row_format: RowFormat,
+        seed: int,
+        open_shards: int = 64,
+    ):
         self._manifest, self._split, self._format, self._seed = manifest, split, row_format, seed
-        self._byte_lengths = tokenizer.byte_lengths
-        self._plan = _plan_content(manifest, row_format.row_tokens, row_format.row_chars)[split]
+        self._byte_lengths = tokenizer.byte_lengths.astype(np.int32)
+        self._plan = read_row_plan(manifest, row_format)[split]
         self.shard_rows = tuple(shard["rows"] for shard in self._plan)
-        self._open: Callable[[int], tuple[ShardReader, RowPlan]] = lru_cache(maxsize=16)(self._open_shard)
+        self._open: Callable[[int], tuple[ShardReader, RowPlan]] = lru_cache(open_shards)(self._open_shard)
 
     def _open_shard(self, shard: int) -> tuple[ShardReader, RowPlan]:
-        entry = self._manifest.shards(self._split)[shard]
-        path = plan_folder(self._manifest, self._format.row_tokens, self._format.row_chars) / f"{entry['name']}.npz"
-        check_file(path, sha256=self._plan[shard]["sha256"])
-        with np.load(path, allow_pickle=False) as arrays:
-            plan = RowPlan(**arrays)
-        return ShardReader(self._manifest.folder, entry), plan
+        storage, plan = self._manifest.storage, self._plan[shard]
+        name = f"{self._format.plan_name}/{plan['name']}.npz"
+        with storage.open(name, plan["size"], plan["sha256"]) as file, np.load(file, allow_pickle=False) as arrays:
+            rows = RowPlan(**arrays)
+        return ShardReader(storage, self._manifest.shards(self._split)[shard]), rows
 
     def pieces(self, address: RowAddress) -> list[Piece]:
-        """The pieces of documents that a row holds."""
-        reader, plan = self._open(address.shard)
-        return [reader.piece(*piece) for piece in plan.pieces(address.row)]
+        """The pieces of documents that a row holds.
+
+        Raises:
+            BadShardError: the row's shard is missing, torn or not what was written.
+        """
+        try:
+            reader, plan = self._open(address.shard)
+            return [reader.read(piece) for piece in plan.addresses(address.row)]
+        except ShardError as error:
+            name = self._manifest.shards(self._split)[address.shard]["name"]
+            raise BadShardError(str(error), address.shard, name) from None
 
     def documents(self, address: RowAddress) -> list[tuple[str, int]]:
         """Of each piece of a row: where its document stands and comes from, and its first block there."""
@@ -108,28 +184,45 @@ class RowReader:
         shard = self._manifest.shards(self._split)[address.shard]["name"]
         found = []
         for number, first, _ in plan.pieces(address.row):
-            file, line = reader.document(number)[1]
+            file, line = reader.origin(number)
             found.append((f"{shard} document {number} ({file}:{line})", first))
         return found
 
-    def row(self, address: RowAddress, g: int | None) -> tuple[Slots, Slots, np.ndarray]:
-        """One row's tokens (T,), chars (C,) and labels (C,); `g` seeds the shift of places, None means no shift."""
-        rng = row_random(self._seed, g) if g is not None and self._format.place_shift else None
-        laid_out = [
-            lay_out(
-                piece,
-                self._byte_lengths,
-                self._format.char_positions,
-                rng.randint(0, self._format.place_shift) if rng else 0,
-            )
-            for piece in self.pieces(address)
-        ]
-        return pack(laid_out, self._format.row_tokens, self._format.row_chars)
+    def origins(self, address: RowAddress) -> list[PieceOrigin]:
+        """Where each piece of a row comes from.
 
+        Raises:
+            ShardError: the row's shard is missing, torn or not what was written.
+        """
+        reader, plan = self._open(address.shard)
+        found = []
+        for document, first, end in plan.pieces(address.row):
+            before = len(reader.piece(document, 0, first).chars) if first else 0
+            found.append(PieceOrigin(document, *reader.origin(document), first, end, before))
+        return found
 
-def roll(rolling_hash: str, order: Order, rows: range) -> str:
-    """The rolling hash after consuming `rows` one by one; before the first row it is the manifest's hash."""
-    for g in rows:
-        address = order.locate(g)
-        rolling_hash = hashlib.sha256(f"{rolling_hash} {address.shard} {address.row}".encode()).hexdigest()
-    return rolling_hash
+    def rows(self, wanted: Sequence[tuple[RowAddress | None, int | None]]) -> LaidOut:
+        """B rows at once: tokens (B, T), chars (B, C) and labels (B, C), all int32.
+
+        Args:
+            wanted: the address of each row, None for a row without documents; and its number g in the run, which
+                seeds the shift of places, None for no shift.
+
+        Raises:
+            BadShardError: a row's shard is missing, torn or not what was written.
+        """
+        rows = [self.pieces(address) if address is not None else [] for address, _ in wanted]
+        shifts = [self._shifts(len(row), g) for row, (_, g) in zip(rows, wanted, strict=True)]
+        shape = (self._format.row_tokens, self._format.row_chars)
+        return lay_out_rows(rows, shifts, self._byte_lengths, self._format.char_positions, shape)
+
+    def row(self, address: RowAddress | None, g: int | None) -> LaidOut:
+        """One row's tokens (T,), chars (C,) and labels (C,), as in `rows`."""
+        tokens, chars, labels = self.rows([(address, g)])
+        return tokens.at(0), chars.at(0), labels[0]
+
+    def _shifts(self, pieces: int, g: int | None) -> list[int]:
+        if g is None or not self._format.place_shift:
+            return [0] * pieces
+        rng = row_random(self._seed, g)
+        return [rng.randint(0, self._format.place_shift) for _ in range(pieces)]

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.layout import CharPositions, lay_out, pack, piece_of_blocks
+from data_pipeline.layout import CharPositions, lay_out, pack
 from data_pipeline.packing import DocumentLengths, plan_rows
+from data_pipeline.pieces import piece_of_blocks
 from data_pipeline.segmentation import SegmentationConfig, segment
 from data_pipeline.stream import Batch, batch_of_rows
 from data_pipeline.tokenizer import MixedTokenizer, TokenizerConfig, train_tokenizer

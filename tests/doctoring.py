@@ -1,20 +1,24 @@
 """Patients for the doctor: shards of a small mixed corpus, and exports of random models over them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_pipeline.arithmetic import training_problems
 from data_pipeline.corpus import CorpusConfig, SourceConfig
+from data_pipeline.encoding import EncodedDocuments
 from data_pipeline.ordering import RowAddress
+from data_pipeline.pieces import piece_of_text
 from data_pipeline.prepare import prepare
 from data_pipeline.rows import RowFormat, RowReader
 from data_pipeline.segmentation import SegmentationConfig
 from data_pipeline.shards import DataConfig, Manifest
 from data_pipeline.stream import batch_of_rows, fixed_batches
-from data_pipeline.tokenizer import TokenizerConfig
+from data_pipeline.tokenizer import MixedTokenizer, TokenizerConfig
 from tests.builders import small_model
 from tests.exporting import write_export_of
 from tidal_dist.config import Config, ModelConfig, TrainingConfig, ValidationConfig
@@ -22,6 +26,7 @@ from tidal_dist.doctor.evidence import Sizes
 from tidal_dist.training.loss import bits_per_byte
 
 SIZES = Sizes(documents=8, blocks=3, rows=8)
+MORE = Sizes(documents=16, blocks=4, rows=16)
 SHAPE = {"n_layers": 2, "width": 16, "n_heads": 2}
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog, and the tide comes in.",
@@ -65,6 +70,24 @@ def configuration(folder: Path, corpus: CorpusConfig, tokenizer: str | None = No
     )
 
 
+class PlainEncoder:
+    """Encodes documents by the plain definition, one by one, where a bug can be planted in it."""
+
+    def __init__(self, tokenizer: MixedTokenizer):
+        self._tokenizer = tokenizer
+
+    def encode(self, prompts: Sequence[str], texts: Sequence[str]) -> EncodedDocuments:
+        found = [piece_of_text(prompt, text, self._tokenizer) for prompt, text in zip(prompts, texts, strict=True)]
+        return EncodedDocuments(
+            chars=np.concatenate([piece.chars for piece in found]),
+            tokens=np.concatenate([piece.tokens for piece in found]).astype(np.int32),
+            block_tokens=np.concatenate([piece.block_tokens for piece in found]).astype(np.uint8),
+            block_bytes=np.concatenate([piece.block_bytes for piece in found]).astype(np.uint8),
+            document_blocks=np.array([len(piece.block_bytes) for piece in found], np.uint32),
+            prompt_blocks=np.array([piece.supervised_from for piece in found], np.uint32),
+        )
+
+
 def prepare_shards(config: Config) -> Manifest:
     """The shards of a configuration."""
     return prepare(config.corpus, config.tokenizer, config.segmentation, config.data, config.to_yaml())
@@ -81,7 +104,7 @@ def write_random_export(out: Path, config: Config, seed: int = 0, **settings: An
     held_out, training = (
         RowReader(manifest, split, tokenizer, row_format, config.data.seed) for split in ("validation", "train")
     )
-    batches = fixed_batches(held_out, config.validation.rows, _ROWS_AT_A_TIME, (0, 1))
+    batches = [b.to("cpu") for b in fixed_batches(held_out, config.validation.rows, _ROWS_AT_A_TIME, (0, 1))]
     nats = sum(float(model(batch.tokens, batch.chars, batch.labels)) for batch in batches)
     write_export_of(
         out,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_pipeline import layout, rows
+from data_pipeline import layout, pieces, rows
 from data_pipeline.layout import IGNORED, NO_DOCUMENT, Slots
+from data_pipeline.pieces import Piece
+from data_pipeline.preparing import stages
 from data_pipeline.segmentation import segment
 from data_pipeline.tokenizer import BOB, EOB, EOS, PAD, MixedTokenizer
-from tests.doctoring import OTHER_TEXTS, SIZES, configuration, prepare_shards, write_corpus, write_random_export
+from tests.doctoring import (
+    MORE,
+    OTHER_TEXTS,
+    SIZES,
+    PlainEncoder,
+    configuration,
+    prepare_shards,
+    write_corpus,
+    write_random_export,
+)
 from tidal_dist.config import Config
 from tidal_dist.doctor.evidence import Evidence
 from tidal_dist.doctor.examine import examine
 from tidal_dist.doctor.report import Report
+from tidal_dist.doctor.sizes import Sizes
 from tidal_dist.doctor.subject import Subject, load_subject
 from tidal_dist.export import package
 from tidal_dist.generation import decoder, sampling, utf8
@@ -32,13 +45,36 @@ pytestmark = pytest.mark.slow
 LaidOut = tuple[Slots, Slots, np.ndarray]
 
 
+def one_by_one(
+    change: Callable[[LaidOut], LaidOut],
+    found: list[list[Piece]],
+    shifts: list[list[int]],
+    byte_lengths: np.ndarray,
+    char_positions: layout.CharPositions,
+    shape: tuple[int, int],
+) -> LaidOut:
+    """What `lay_out_rows` makes, with a change to each document."""
+    packed = [
+        layout.pack(
+            [
+                change(layout.lay_out(piece, byte_lengths, char_positions, shift))
+                for piece, shift in zip(*row, strict=True)
+            ],
+            *shape,
+        )
+        for row in zip(found, shifts, strict=True)
+    ]
+    tokens, chars, labels = zip(*packed, strict=True)
+    return layout.stack(tokens), layout.stack(chars), np.stack(labels)
+
+
 @dataclass
 class Scene:
     """One examination to be: a bug is planted by changing what is examined, or a definition by `patch`.
 
     Attributes:
         config: of the training, its shards included. folder: to write to. export: what is examined.
-        shards: beside which. changes: made to the subject once it is loaded.
+        shards: beside which. changes: made to the subject once it is loaded. sizes: of the examination.
     """
 
     patch: pytest.MonkeyPatch
@@ -47,6 +83,7 @@ class Scene:
     export: Path
     shards: Path
     changes: dict[str, Any] = field(default_factory=dict)
+    sizes: Sizes = SIZES
 
     def around(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Replace `owner.name` by `wrapper(original, *arguments)`."""
@@ -55,7 +92,7 @@ class Scene:
 
     def on_rows(self, change: Callable[[LaidOut], LaidOut]) -> None:
         """Change what training lays out, document by document."""
-        self.around(rows, "lay_out", lambda original, *a, **k: change(original(*a, **k)))
+        self.patch.setattr(rows, "lay_out_rows", partial(one_by_one, change))
 
     def on_labels(self, change: Callable[[Slots, np.ndarray], np.ndarray]) -> None:
         """Change the labels of training, by its chars and labels."""
@@ -84,11 +121,15 @@ class Scene:
         self.around(attention, "may_see", lambda original, q, k, rule: original(*change(q, k), rule))
 
     def shards_made_under(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        """Shards made while `owner.name` is another, and a training on them; the tokeniser stays."""
+        """Shards made by the plain definition while `owner.name` is another, and a training on them.
+
+        The tokeniser stays.
+        """
         tokenizer = str(self.shards / "tokenizer.json")
         self.config = configuration(self.folder / "shards", self.config.corpus, tokenizer)
         original = getattr(owner, name)
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stages, "BatchEncoder", PlainEncoder)
             patch.setattr(owner, name, lambda *a: wrapper(original, *a))
             prepare_shards(self.config)
         self.shards = Path(self.config.data.shards)
@@ -114,7 +155,7 @@ class Scene:
     def examined(self) -> tuple[Report, Evidence]:
         """The doctor's report."""
         subject: Subject = replace(load_subject(self.export, self.shards), **self.changes)
-        return examine(subject, SIZES)
+        return examine(subject, self.sizes)
 
 
 # Positions and places, the order of bytes
@@ -248,6 +289,7 @@ def tokens_with_the_neighbour(scene: Scene) -> None:
             sequence._decoder.tokenizer = plain
 
     scene.around(decoder._Sequence, "_take", take)
+    scene.sizes = MORE  # it shows only where a sampled block would merge with its neighbour
 
 
 def cut_otherwise_at_decoding(scene: Scene) -> None:
@@ -268,6 +310,7 @@ def forgets_what_it_wrote(scene: Scene) -> None:
         return tokens.at(slice(0))
 
     scene.around(decoder._Sequence, "_take", take)
+    scene.sizes = MORE  # it shows only where a sampled block would merge with its neighbour
 
 
 def shards_with_fewer_merges(scene: Scene) -> None:
@@ -285,7 +328,7 @@ def shards_cut_by_another_rule(scene: Scene) -> None:
     def by_characters(original: Any, text: str, config: Any) -> list[str]:
         return original(text, config.model_copy(update={"max_unspaced_chars": 1, "max_block_bytes": 4}))
 
-    scene.shards_made_under(layout, "segment", by_characters)
+    scene.shards_made_under(pieces, "segment", by_characters)
 
 
 def another_tokenizer(scene: Scene) -> None:
@@ -439,13 +482,13 @@ PLANTS: list[Plant] = [
     (
         "bytes of the shards reversed by characters",
         1,
-        lambda s: s.shards_made_under(layout, "reverse_block", lambda _, data: by_characters(data)),
+        lambda s: s.shards_made_under(pieces, "reverse_block", lambda _, data: by_characters(data)),
         ROPE,
     ),
     (
         "bytes of the shards reversed twice",
         1,
-        lambda s: s.shards_made_under(layout, "reverse_block", lambda _, data: data),
+        lambda s: s.shards_made_under(pieces, "reverse_block", lambda _, data: data),
         ROPE,
     ),
     ("generated blocks encoded with their neighbours", 2, tokens_with_the_neighbour, ROPE),
@@ -554,7 +597,11 @@ PLANTS: list[Plant] = [
     (
         "a cut document ends in <eos>",
         10,
-        lambda s: s.around(rows, "lay_out", lambda f, piece, *a: f(replace(piece, ends_document=True), *a)),
+        lambda s: s.around(
+            rows,
+            "lay_out_rows",
+            lambda f, found, *a: f([[replace(piece, ends_document=True) for piece in row] for row in found], *a),
+        ),
         ROPE,
     ),
     ("logits masked with 0 before the loss", 10, loss_masked_with_zero, ROPE),

@@ -10,7 +10,8 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.layout import lay_out, pack, piece_of_blocks
+from data_pipeline.layout import lay_out, pack
+from data_pipeline.pieces import piece_of_blocks
 from data_pipeline.segmentation import off_canonical_joins, segment
 from data_pipeline.stream import batch_of_rows
 from data_pipeline.tokenizer import EOB, EOS, OUTPUT_VOCABULARY

@@ -13,20 +13,17 @@ from data_pipeline.layout import (
     IGNORED,
     Slots,
     alone,
-    beginning,
-    blocks_of_piece,
     char_slots,
     lay_out,
+    lay_out_rows,
     may_see,
     pack,
     padding,
-    piece_of_blocks,
     place_count,
-    reverse_block,
     shift_places,
-    slot_counts,
     token_slots,
 )
+from data_pipeline.pieces import beginning, blocks_of_piece, piece_of_blocks, reverse_block, slot_counts
 from data_pipeline.segmentation import segment
 from data_pipeline.tokenizer import BOB, BOS, EOB, EOS, PAD
 from tests.builders import document_of, packed, small_tokenizer
@@ -277,6 +274,36 @@ def test_packing_lays_documents_end_to_end_and_pads(
             expected = np.concatenate([getattr(part[stream], name) for part in laid_out])
             assert getattr(row, name)[:used].tolist() == expected.tolist(), name
     assert labels.tolist() == [i for _, _, y in laid_out for i in y] + [IGNORED] * free_chars
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.lists(st.tuples(documents(), st.booleans(), st.integers(0, 9)), max_size=3), min_size=1, max_size=4),
+    st.sampled_from(CHAR_POSITIONS),
+)
+def test_rows_at_once_are_the_rows_one_by_one(rows: list[list[tuple[tuple[list[str], int], bool, int]]], how: str):
+    pieces = [[piece_of_blocks(blocks, TOKENIZER, s, ends) for (blocks, s), ends, _ in row] for row in rows]
+    shifts = [[shift for _, _, shift in row] for row in rows]
+    laid_out = [
+        [lay_out(piece, LENGTHS, how, shift) for piece, shift in zip(*row, strict=True)]
+        for row in zip(pieces, shifts, strict=True)
+    ]
+    shape = tuple(2 + max(sum(len(part[i].ids) for part in row) for row in laid_out) for i in (0, 1))
+    tokens, chars, labels = lay_out_rows(pieces, shifts, LENGTHS, how, shape)
+    assert tokens.ids.shape == (len(rows), shape[0])
+    assert chars.ids.shape == labels.shape == (len(rows), shape[1])
+    for i, row in enumerate(laid_out):
+        if not row:
+            assert not tokens.document[i].any()
+            assert not chars.document[i].any()
+            assert (labels[i] == IGNORED).all()
+            continue
+        one = pack(row, *shape)
+        for ours, theirs in zip((tokens.at(i), chars.at(i)), one[:2], strict=True):
+            for name, array in ours.arrays().items():
+                assert array.tolist() == getattr(theirs, name).tolist(), name
+                assert array.dtype == np.int32, name
+        assert labels[i].tolist() == one[2].tolist()
 
 
 @settings(max_examples=30)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.layout import IGNORED, Slots, lay_out, may_see, piece_of_blocks
+from data_pipeline.layout import IGNORED, Slots, lay_out, may_see
+from data_pipeline.pieces import piece_of_blocks
 from data_pipeline.stream import batch_of_rows
 from tests.builders import document_of, small_model, small_tokenizer
 from tidal_dist.doctor import oracle

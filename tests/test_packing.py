@@ -1,5 +1,6 @@
 from collections import defaultdict
 from dataclasses import astuple
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -7,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ShardError
-from data_pipeline.layout import slot_counts
 from data_pipeline.packing import DocumentLengths, RowPlan, plan_rows
+from data_pipeline.pieces import slot_counts
 
 Block = tuple[int, int]  # (tokens, bytes)
 LengthsOfDocument = tuple[list[Block], int]  # blocks, of which the first few are the prompt
@@ -131,6 +132,47 @@ def test_a_prompt_block_may_be_longer_than_a_rows_chars() -> None:
     """Prompts take no char slots."""
     plan = plan_rows(lengths_of([([(3, 40), (1, 2)], 1)]), 8, 4, "shard")
     assert pieces_of(plan) == {0: [(0, 2)]}
+
+
+@given(documents, row_tokens, row_chars, st.integers(0, 40))
+def test_overlap_repeats_context_without_supervision(
+    documents: list[LengthsOfDocument], row_tokens: int, row_chars: int, overlap: int
+) -> None:
+    plan = plan_rows(lengths_of(documents), row_tokens, row_chars, "shard", overlap)
+    found = defaultdict(list)
+    for row in range(plan.rows):
+        addresses = plan.addresses(row)
+        for a in addresses:
+            found[a.document].append((a.first_block, a.supervised_block, a.end_block))
+        counts = [slots((documents[a.document][0], a.supervised_block), a.first_block, a.end_block) for a in addresses]
+        assert sum(t for t, _ in counts) <= row_tokens
+        assert sum(c for _, c in counts) <= row_chars
+    for i, (blocks, prompt) in enumerate(documents):
+        pieces = sorted(found[i])
+        # Every supervised block carries loss exactly once, with or without overlap.
+        assert [b for _, supervised, end in pieces for b in range(supervised, end)] == list(range(prompt, len(blocks)))
+        for (_, _, end), (first, supervised, _) in pairwise(pieces):
+            assert first <= supervised == end
+            repeated = sum(tokens for tokens, _ in blocks[first:supervised])
+            assert repeated <= min(overlap, row_tokens // 2)
+            if first:
+                assert repeated + blocks[first - 1][0] > min(overlap, row_tokens // 2)
+
+
+@given(documents, row_tokens, row_chars)
+def test_addresses_are_stretches_of_the_shards_arrays(
+    documents: list[LengthsOfDocument], row_tokens: int, row_chars: int
+) -> None:
+    lengths = lengths_of(documents)
+    plan = plan_rows(lengths, row_tokens, row_chars, "shard")
+    starts = np.cumsum(lengths.document_blocks) - lengths.document_blocks
+    for address in (address for row in range(plan.rows) for address in plan.addresses(row)):
+        first, end = (int(starts[address.document]) + b for b in (address.first_block, address.end_block))
+        assert address.block_start == first
+        assert address.token_start == lengths.block_tokens[:first].sum()
+        assert address.byte_start == lengths.block_bytes[:first].sum()
+        assert address.tokens == lengths.block_tokens[first:end].sum()
+        assert address.bytes == lengths.block_bytes[first:end].sum()
 
 
 def test_a_block_of_more_tokens_than_a_row() -> None:

@@ -9,7 +9,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from data_pipeline.layout import IGNORED, NO_DOCUMENT, Slots, lay_out, pack, padding, piece_of_text
+from data_pipeline.layout import IGNORED, NO_DOCUMENT, Slots, lay_out, pack, padding
+from data_pipeline.pieces import piece_of_text
 from data_pipeline.reading import block_starts
 from data_pipeline.stream import batch_of_rows, to_torch
 from data_pipeline.tokenizer import BOB

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from data_pipeline.layout import IGNORED, lay_out, pack, piece_of_text
+from data_pipeline.layout import IGNORED, lay_out, pack
+from data_pipeline.pieces import piece_of_text
 from data_pipeline.reading import block_starts, columns, in_reading_order
 from tests.builders import TEXTS, small_tokenizer
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from data_pipeline import rows
-from data_pipeline.layout import Slots, pack, piece_of_blocks
+from data_pipeline.layout import Slots, alone
+from data_pipeline.pieces import piece_of_blocks, slot_counts
 from data_pipeline.tokenizer import EOB, EOS
 from tidal_dist.doctor.compare import Difference, array_differences, counted
 from tidal_dist.doctor.evidence import Case, Evidence
@@ -83,9 +84,11 @@ def _departures(case: Case, free: Followed, evidence: Evidence) -> list[Differen
     if not blocks:
         return []
     piece = piece_of_blocks([*case.blocks[: case.first], *blocks], evidence.tokenizer, case.first, ended)
-    laid_out = rows.lay_out(piece, evidence.tokenizer.byte_lengths, evidence.config.char_positions)
-    chars, truth = laid_out[1], _as_written(blocks, ended)
-    row = pack([laid_out], len(laid_out[0].ids), len(chars.ids))
+    shape = slot_counts(piece.block_tokens, piece.block_bytes, piece.supervised_from)
+    settings = evidence.tokenizer.byte_lengths, evidence.config.char_positions
+    tokens, all_chars, labels = rows.lay_out_rows([[piece]], [[0]], *settings, shape)
+    row = alone((tokens.at(0), all_chars.at(0), labels[0]), 1)
+    chars, truth = row[1], _as_written(blocks, ended)
     logits = evidence.logits(row)
     held = held_to_text(logits, chars, evidence.tokenizer.segmentation.max_block_bytes)
     top = held.topk(2, dim=-1)

@@ -11,8 +11,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from data_pipeline.layout import LaidOut, Piece, alone
+from data_pipeline.layout import LaidOut, alone
 from data_pipeline.ordering import RowAddress
+from data_pipeline.pieces import Piece
 from data_pipeline.rows import RowReader
 from data_pipeline.stream import Batch, batch_of_rows
 from data_pipeline.tokenizer import EOB, EOS, MixedTokenizer

@@ -5,7 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipeline.layout import Slots, reverse_block
+from data_pipeline.layout import Slots
+from data_pipeline.pieces import reverse_block
 from tidal_dist.doctor.compare import Difference, array_differences, counted
 from tidal_dist.doctor.evidence import Case, Evidence, texts_of_tokens
 from tidal_dist.doctor.report import Finding

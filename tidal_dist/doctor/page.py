@@ -8,7 +8,6 @@ import torch
 
 from data_pipeline.files import replace_file
 from data_pipeline.layout import IGNORED
-from data_pipeline.stream import to_torch
 from tidal_dist.doctor.evidence import Case, Evidence, one_pass
 from tidal_dist.doctor.report import Report
 from tidal_dist.model.maps import attention_maps, char_scores
@@ -44,15 +43,16 @@ def _pictures(case: Case, evidence: Evidence) -> dict[str, str]:
     if len(tokens.ids) + len(chars.ids) > _MOST_SLOTS:
         return {}
     model, names = evidence.subject.model, evidence.tokenizer.name
-    row = [to_torch(s.map(lambda a: a[None])).map(lambda t: t.to(evidence.subject.device)) for s in (tokens, chars)]
+    batch = evidence.batch(case.laid_out)
+    maps = attention_maps(model, batch.tokens, batch.chars)
     logits = one_pass(model, evidence.subject.device, [case.laid_out])[0]
     figures = {
         f"{case.name}: its two streams, and who sees whom": layout_figure(
             tokens, chars, labels, names, evidence.config.token_attention
         ),
-        "what it attends to, by layer and head": attention_figure(attention_maps(model, *row), tokens, chars, names),
+        "what it attends to, by layer and head": attention_figure(maps, tokens, chars, names),
     }
     if (labels != IGNORED).any() and math.isfinite(float(logits.sum())):
-        scores = char_scores(logits, torch.from_numpy(labels))
+        scores = char_scores(logits, torch.from_numpy(labels).long())
         figures["what each char costs, in nats"] = loss_figure(scores, chars, labels, names)
     return {caption: base64.b64encode(to_png(figure)).decode() for caption, figure in figures.items()}

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_pipeline.layout import Piece, blocks_of_piece
+from data_pipeline.pieces import Piece, blocks_of_piece
 from data_pipeline.segmentation import segmentation_hash
 from tidal_dist.doctor.compare import Difference, array_differences, counted, shown
 from tidal_dist.doctor.evidence import Case, Evidence

@@ -64,7 +64,7 @@ def _right_choices(case: Case, alone: torch.Tensor, evidence: Evidence) -> tuple
 def _bits_per_label(evidence: Evidence) -> float:
     nats = labels = 0.0
     for case, alone in zip(evidence.cases, evidence.alone, strict=True):
-        truth = torch.from_numpy(case.laid_out[2])
+        truth = torch.from_numpy(case.laid_out[2]).long()
         counts = truth != IGNORED
         chosen = alone[counts].log_softmax(dim=-1).gather(1, truth[counts][:, None])
         nats, labels = nats - float(chosen.sum()), labels + int(counts.sum())

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline.rows import RowFormat, RowReader
+from data_pipeline.rows import RowReader, row_format_of
 from data_pipeline.shards import SPLITS, Manifest
 from data_pipeline.stream import Batch
 from data_pipeline.tokenizer import MixedTokenizer
@@ -131,5 +131,4 @@ def reader_of(subject: Subject, split: str) -> RowReader:
         ShardError: the shards have no plan for the training's rows.
     """
     data, model = subject.config.data, subject.config.model
-    row_format = RowFormat(data.row_tokens, data.row_chars, model.char_positions)
-    return RowReader(subject.manifest, split, subject.tokenizer, row_format, data.seed)
+    return RowReader(subject.manifest, split, subject.tokenizer, row_format_of(data, model.char_positions), data.seed)

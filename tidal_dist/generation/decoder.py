@@ -193,7 +193,7 @@ class Decoder:
                 s.take(choose(row, s.sampling, s.generator))
 
     def _on_device(self, slots: Slots) -> Slots:
-        return slots.map(lambda array: torch.from_numpy(array).to(self.device))
+        return slots.map(lambda array: torch.from_numpy(array).to(self.device).long())
 
 
 def _fill(tokens: Slots | None, count: int) -> Slots:

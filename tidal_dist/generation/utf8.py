@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data_pipeline.layout import reverse_block
+from data_pipeline.pieces import reverse_block
 from data_pipeline.tokenizer import EOB, EOS, OUTPUT_VOCABULARY
 
 _LEADS = {1: range(0xC2, 0xE0), 2: range(0xE0, 0xF0), 3: range(0xF0, 0xF5)}

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.layout import CharPositions, Piece, Slots, TokenAttention, lay_out, piece_of_text, slot_counts
+from data_pipeline.layout import CharPositions, Slots, TokenAttention, lay_out
 from data_pipeline.packing import DocumentLengths, plan_rows
+from data_pipeline.pieces import Piece, piece_of_text, slot_counts
 from data_pipeline.shard_reader import ShardReader
 from data_pipeline.shards import MANIFEST, DataConfig, Manifest
 from data_pipeline.tokenizer import MixedTokenizer
@@ -99,8 +100,8 @@ def stored_document(source: Source, split: str, number: int, piece: int | None) 
     entry, within = _locate(manifest, split, number)
     lengths = _lengths_of_one(manifest.lengths(entry), within)
     pieces = _pieces(lengths, data, entry["name"])
-    first, end = pieces[_chosen(pieces, piece, lengths, data, f"{split} document {number}")]
-    reader = ShardReader(manifest.folder, entry)
+    first, supervised, end = pieces[_chosen(pieces, piece, lengths, data, f"{split} document {number}")]
+    reader = ShardReader(manifest.storage, entry)
     _, (file, line) = reader.document(within)
     n_blocks = len(lengths.block_bytes)
     where = {"source": "document", "split": split, "document": number, "shard": entry["name"], "file": file}
@@ -108,7 +109,7 @@ def stored_document(source: Source, split: str, number: int, piece: int | None) 
     title = f"{split} document {number}, number {within} of {entry['name']}, from {file}:{line}"
     if len(pieces) > 1:
         title += f"; piece {piece} of 0..{len(pieces) - 1}: blocks {first}..{end - 1} of 0..{n_blocks - 1}"
-    return _shown(source, reader.piece(within, first, end), title, where)
+    return _shown(source, reader.piece(within, first, end, supervised), title, where)
 
 
 def _shown(source: Source, piece: Piece, title: str, where: dict[str, str | int]) -> Shown:
@@ -124,7 +125,7 @@ def _locate(manifest: Manifest, split: str, number: int) -> tuple[dict, int]:
     shards = manifest.shards(split)
     ends = np.cumsum([shard["documents"] for shard in shards], dtype=np.int64)
     if not len(ends):
-        raise UserError(f"{manifest.folder}: the {split} split is empty; choose the other one with --split")
+        raise UserError(f"{manifest.where}: the {split} split is empty; choose the other one with --split")
     if number >= ends[-1]:
         raise UserError(f"--document {number}: {split} has the documents 0..{ends[-1] - 1}; choose one of them")
     shard = int(np.searchsorted(ends, number, side="right"))
@@ -143,14 +144,15 @@ def _lengths_of_one(lengths: DocumentLengths, document: int) -> DocumentLengths:
     )
 
 
-def _pieces(lengths: DocumentLengths, data: DataConfig, where: str) -> list[tuple[int, int]]:
-    """Blocks first..end of the pieces that training makes of one document, in its order."""
-    plan = plan_rows(lengths, data.row_tokens, data.row_chars, where)
-    return sorted((first, end) for row in range(plan.rows) for _, first, end in plan.pieces(row))
+def _pieces(lengths: DocumentLengths, data: DataConfig, where: str) -> list[tuple[int, int, int]]:
+    """First block, first supervised block and end of the pieces that training makes of one document, in its order."""
+    plan = plan_rows(lengths, data.row_tokens, data.row_chars, where, data.overlap_tokens)
+    addresses = (address for row in range(plan.rows) for address in plan.addresses(row))
+    return sorted((a.first_block, a.supervised_block, a.end_block) for a in addresses)
 
 
 def _chosen(
-    pieces: Sequence[tuple[int, int]], piece: int | None, lengths: DocumentLengths, data: DataConfig, what: str
+    pieces: Sequence[tuple[int, int, int]], piece: int | None, lengths: DocumentLengths, data: DataConfig, what: str
 ) -> int:
     """Index of the piece to show; without a choice that of a document that is not cut.
 

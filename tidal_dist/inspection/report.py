@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from data_pipeline.layout import Slots, blocks_of_piece
+from data_pipeline.layout import Slots
+from data_pipeline.pieces import blocks_of_piece
 from data_pipeline.reading import in_reading_order
 from tidal_dist.inspection.document import Shown
 from tidal_dist.inspection.reading import Reading, Shares
