@@ -1,27 +1,58 @@
-"""The order of the data as a pure function: row g of a run depends on the row plan, the seed and g, on nothing else.
+"""The order of the data as a pure function: row g of a run depends on the row plan, the seed, the mix and g alone.
 
-Row g belongs to lane g mod L. Each epoch permutes the shards, lays their rows end to end and gives every lane an
-equal contiguous stretch; inside a shard the rows are permuted. The last `total mod L` rows of an epoch's order are
-dropped; each epoch's permutation drops others. Rank r of W reads the lanes congruent to r modulo W.
+Row g belongs to lane g mod L and is that lane's turn number g // L. Without a mix all shards are one pool, and a lane
+takes the pool's rows of its stretch one after the other (`epochs.py`). With a mix every source is a pool of its own,
+and a pattern of exact shares says which of them a lane takes in each turn (`pattern.py`): the k-th time that a lane
+takes a source it gets row k of its stretch of that source, whatever the mix was before. Rank r of W reads the lanes
+congruent to r modulo W.
 
 Standard library only.
 """
 
+import hashlib
 import random
+import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
+from functools import cached_property
+from typing import NamedTuple
+
+from data_pipeline.epochs import Pool
+from data_pipeline.errors import ShardError
+from data_pipeline.pattern import Pattern
 
 
-@dataclass(frozen=True)
-class RowAddress:
-    """Where a row stands: `epoch` of the run, `shard` and `row` within the shard's row plan."""
+class RowAddress(NamedTuple):
+    """Where a row stands.
+
+    Attributes:
+        epoch: of its source, or of the run where sources are not mixed.
+        shard: index in the split's list of shards. row: within the shard's row plan.
+        source: name of the shard's source. quarantined: the row is left empty, its shard cannot be read.
+    """
 
     epoch: int
     shard: int
     row: int
+    source: str = ""
+    quarantined: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A mix that holds from row `from_row` of the run on: (source, whole-numbered weight) of each source."""
+
+    from_row: int
+    weights: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """A shard that cannot be read: rows of the run from `from_row` on that fall in it are left empty."""
+
+    shard: int
+    from_row: int
 
 
 @dataclass(frozen=True)
@@ -32,32 +63,110 @@ class Order:
         shard_rows: rows of each shard, in the manifest's order.
         lanes: number of lanes L.
         seed: the data seed.
+        sources: source of each shard; none: they have no names.
+        stages: mixes in the order of their rows, the first from row 0; none: all shards are one pool.
+        quarantines: shards that cannot be read.
     """
 
     shard_rows: tuple[int, ...]
     lanes: int
     seed: int
+    sources: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    quarantines: tuple[Quarantine, ...] = ()
+
+    def check(self) -> None:
+        """Raises ShardError where the mix names a source that is not there, or a pool has too few rows."""
+        for number, stage in enumerate(self.stages):
+            for name in dict(stage.weights).keys() - set(self.sources):
+                known = ", ".join(sorted(set(self.sources))) or "no sources with names"
+                raise ShardError(f"data.mix.{number}.weights: no source {name}; the training split has {known}")
+        for name, pool in self.pools.items():
+            if not pool.rows_per_lane:
+                what = f"source {name} of the training split" if name else "the training split"
+                raise ShardError(
+                    f"{what} has {pool.rows} rows, fewer than data.lanes={self.lanes}; "
+                    "use fewer lanes, shorter rows or more text"
+                )
+
+    @cached_property
+    def pools(self) -> dict[str, Pool]:
+        """The pool of every source that is mixed, by name; or one pool of all shards, named ""."""
+        if not self.stages:
+            return {"": Pool(range(len(self.shard_rows)), self.shard_rows, self.lanes, str(self.seed))}
+        shards: dict[str, list[int]] = {name: [] for stage in self.stages for name, _ in stage.weights}
+        for shard, name in enumerate(self.sources):
+            if name in shards:
+                shards[name].append(shard)
+        return {n: Pool(s, self.shard_rows, self.lanes, f"{self.seed} {n}") for n, s in sorted(shards.items())}
 
     @property
     def rows_per_lane(self) -> int:
-        """Rows that each lane reads in one epoch."""
-        return sum(self.shard_rows) // self.lanes
+        """Rows that each lane reads in one epoch, where sources are not mixed."""
+        return self.pools[""].rows_per_lane
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that a run reads in one epoch."""
+        """Rows that a run reads in one epoch, where sources are not mixed."""
         return self.rows_per_lane * self.lanes
 
     def locate(self, g: int) -> RowAddress:
-        """Address of row `g` of the run."""
+        """Address of row `g` of the run, in a time that does not depend on `g`."""
         turn, lane = divmod(g, self.lanes)
-        epoch, offset = divmod(turn, self.rows_per_lane)
-        shards, ends = _epoch_shards(self.shard_rows, self.seed, epoch)
-        place = lane * self.rows_per_lane + offset
-        nth = bisect_right(ends, place)
-        shard = shards[nth]
-        start = ends[nth] - self.shard_rows[shard]
-        return RowAddress(epoch, shard, _shard_order(self.shard_rows[shard], self.seed, epoch, shard)[place - start])
+        name = self._source(turn, lane) if self.stages else ""
+        epoch, shard, row = self.pools[name].locate(lane, self.drawn(name, lane, turn))
+        source = self.sources[shard] if self.sources else ""
+        return RowAddress(epoch, shard, row, source, g >= self._unreadable_from.get(shard, g + 1))
+
+    def drawn(self, name: str, lane: int, turn: int) -> int:
+        """How many rows of a pool a lane takes before a turn."""
+        if not self.stages:
+            return turn
+        return sum(
+            pattern.count(name, lane, min(turn, end) - start) for start, end, pattern in self._spans if turn > start
+        )
+
+    def _source(self, turn: int, lane: int) -> str:
+        start, _, pattern = self._spans[bisect_right(self._starts, turn) - 1]
+        return pattern.source(lane, turn - start)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        assert not any(stage.from_row % self.lanes for stage in self.stages), "a mix begins with a turn"
+        return [stage.from_row // self.lanes for stage in self.stages]
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int, Pattern]]:
+        """First turn, the turn after the last, and pattern of every stage."""
+        ends = [*self._starts[1:], sys.maxsize]
+        patterns = [Pattern(stage.weights, self.lanes) for stage in self.stages]
+        return list(zip(self._starts, ends, patterns, strict=True))
+
+    @cached_property
+    def _unreadable_from(self) -> dict[int, int]:
+        return {q.shard: q.from_row for q in self.quarantines}
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every step one rank reads: `rows_per_step` in all, `micro_batches` of the rank's own rows."""
+
+    rows_per_step: int
+    micro_batches: int
+    rank: int
+    world: int
+
+    def check(self, lanes: int) -> None:
+        """Raises ShardError where lanes, ranks and batch do not fit."""
+        if lanes % self.world:
+            raise ShardError(f"data.lanes={lanes} is not a multiple of {self.world} ranks; change one of them")
+        if self.rows_per_step % lanes:
+            raise ShardError(f"training.batch_rows={self.rows_per_step} is not a multiple of data.lanes={lanes}")
+        if self.rows_per_step // self.world % self.micro_batches:
+            raise ShardError(
+                f"training.batch_rows={self.rows_per_step} over {self.world} ranks does not divide into "
+                f"training.accumulation_steps={self.micro_batches}"
+            )
 
 
 def rows_of_rank(step: int, rows_per_step: int, rank: int, world: int) -> range:
@@ -70,20 +179,28 @@ def row_random(seed: int, g: int) -> random.Random:
     return random.Random(f"row {seed} {g}")
 
 
-def _permutation(n: int, seed: str) -> list[int]:
-    # Sorting by random() keys: the sequence of random() is guaranteed across Python versions, that of shuffle() is not.
-    rng = random.Random(seed)
-    keys = [rng.random() for _ in range(n)]
-    return sorted(range(n), key=keys.__getitem__)
+def first_hash(manifest_hash: str, plan_name: str, shard_rows: Iterable[int]) -> str:
+    """The rolling hash before the first row: of the shards and of their row plan."""
+    return hashlib.sha256(f"{manifest_hash} {plan_name} {list(shard_rows)}".encode()).hexdigest()
 
 
-@lru_cache(maxsize=4)
-def _epoch_shards(shard_rows: Sequence[int], seed: int, epoch: int) -> tuple[list[int], list[int]]:
-    """The shards of one epoch in order, and the running total of their rows."""
-    shards = _permutation(len(shard_rows), f"shards {seed} {epoch}")
-    return shards, list(accumulate(shard_rows[s] for s in shards))
+def roll(rolling_hash: str, order: Order, rows: Iterable[int]) -> str:
+    """The rolling hash after consuming `rows` too: two runs consumed the same rows if and only if it agrees.
+
+    It is a sum over the rows, so it does not depend on how they make up steps, and parts can be summed apart.
+    """
+    return advance(rolling_hash, identity_sum({g: order.locate(g) for g in rows}))
 
 
-@lru_cache(maxsize=256)
-def _shard_order(rows: int, seed: int, epoch: int, shard: int) -> list[int]:
-    return _permutation(rows, f"rows {seed} {epoch} {shard}")
+def identity_sum(rows: Mapping[int, RowAddress]) -> int:
+    """What consuming `rows`, addresses by number, adds to the rolling hash: of each the number and what it held."""
+    total = 0
+    for g, address in rows.items():
+        identity = f"{g} {address.shard} {address.row}{' empty' if address.quarantined else ''}"
+        total += int.from_bytes(hashlib.sha256(identity.encode()).digest())
+    return total
+
+
+def advance(rolling_hash: str, added: int) -> str:
+    """The rolling hash with an `identity_sum` added."""
+    return f"{(int(rolling_hash, 16) + added) % (1 << 256):064x}"

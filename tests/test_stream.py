@@ -1,22 +1,26 @@
+import json
+import multiprocessing
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from conftest import Prepare
 
-from data_pipeline.errors import ShardError
+from data_pipeline.errors import BadShardError, ShardError
 from data_pipeline.layout import IGNORED, NO_PLACE, Slots
-from data_pipeline.ordering import Order, RowAddress
-from data_pipeline.rows import RowFormat, RowReader, roll
+from data_pipeline.ordering import Order, Quarantine, RowAddress, Stage, identity_sum
+from data_pipeline.rows import RowFormat, RowReader
 from data_pipeline.shards import Manifest
-from data_pipeline.stream import Batch, Share, StepDataset, fixed_batches, load_steps
+from data_pipeline.stream import Batch, Loading, Share, Step, StepDataset, Stream, fixed_batches
 
 LANES = 8
 ROWS_PER_STEP = 16
 SHIFT = 20
+ALONE = Share(ROWS_PER_STEP, 1, 0, 1)
 
 
 def reader_of(manifest: Manifest, split: str = "train", place_shift: int = SHIFT, seed: int = 1) -> RowReader:
@@ -43,14 +47,25 @@ def dataset(
     return StepDataset(reader, order, Share(ROWS_PER_STEP, micro_batches, rank, world), first_step)
 
 
-def arrays_of(batch: Batch) -> list[torch.Tensor]:
-    return [*batch.tokens.arrays().values(), *batch.chars.arrays().values(), batch.labels]
+def stream_of(
+    reader: RowReader,
+    order: Order,
+    workers: int = 0,
+    share: Share = ALONE,
+    first_step: int = 0,
+    loading: Loading | None = None,
+) -> Stream:
+    stream = Stream(reader, order, share, "a manifest", loading or Loading(workers))
+    if first_step:
+        rows = first_step * share.rows_per_step
+        stream.load_state_dict({"rows": rows, "manifest_hash": "a manifest", "quarantine": {}})
+    return stream
 
 
-def same(first: list[list[Batch]], second: list[list[Batch]]) -> bool:
+def same(first: list[Step], second: list[Step]) -> bool:
     """Whether two runs of steps hold equal batches in the same order."""
-    flat = [[a for step in steps for batch in step for a in arrays_of(batch)] for steps in (first, second)]
-    shapes = [[len(step) for step in steps] for steps in (first, second)]
+    flat = [[a for step in steps for batch in step.batches for a in batch.tensors()] for steps in (first, second)]
+    shapes = [[(len(step.batches), step.identity_sum) for step in steps] for steps in (first, second)]
     return shapes[0] == shapes[1] and all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
 
 
@@ -59,7 +74,7 @@ def rows_of(batches: list[Batch]) -> Counter[bytes]:
     rows: Counter[bytes] = Counter()
     for batch in batches:
         for i in range(len(batch.labels)):
-            rows[b"".join(array[i].numpy().tobytes() for array in arrays_of(batch))] += 1
+            rows[b"".join(array[i].numpy().tobytes() for array in batch.tensors())] += 1
     return rows
 
 
@@ -75,27 +90,38 @@ def test_the_order_is_worth_testing(order: Order) -> None:
 
 
 def test_shapes(reader: RowReader, order: Order) -> None:
-    first, second = dataset(reader, order, micro_batches=2).step(0)
+    first, second = dataset(reader, order, micro_batches=2).step(0).batches
     for batch in (first, second):
         assert all(array.shape == (8, 48) for array in batch.tokens.arrays().values())
         assert all(array.shape == (8, 96) for array in batch.chars.arrays().values())
         assert batch.labels.shape == (8, 96)
-        assert all(array.dtype == torch.int64 for array in arrays_of(batch))
+        assert all(array.dtype == torch.int32 for array in batch.tensors())
         assert batch.label_count() == int((batch.labels >= 0).sum()) > 0
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores is the point
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_workers_do_not_change_the_batches(reader: RowReader, order: Order, first_step: int) -> None:
-    count = steps_per_epoch(order) + 3
-    runs = [
-        list(islice(load_steps(dataset(reader, order, first_step=first_step), workers, pin_memory=False), count))
-        for workers in (0, 1, 3)
-    ]
-    assert same(runs[0], runs[1])
-    assert same(runs[0], runs[2])
-    assert len(runs[0]) == count
-    assert not same(runs[0][:-1], runs[0][1:])
+    """However far they read ahead; steps that are kept are not overwritten by later ones."""
+    count = 3 * steps_per_epoch(order) + 3
+    expected = list(islice(stream_of(reader, order, first_step=first_step), count))
+    assert len(expected) == count
+    assert not same(expected[:-1], expected[1:])
+    for loading in (Loading(1, 1), Loading(1, 4), Loading(3, 2), Loading(2, 1)):
+        stream = stream_of(reader, order, loading.workers, first_step=first_step, loading=loading)
+        assert same(list(islice(stream, count)), expected)
+
+
+def test_a_dropped_stream_ends_its_processes(reader: RowReader, order: Order) -> None:
+    stream = stream_of(reader, order, workers=2)
+    next(stream)
+    children = multiprocessing.active_children()
+    assert len(children) == 2
+    stream.leave_out([])
+    next(stream)
+    assert not set(children) & set(multiprocessing.active_children())
+    del stream
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -104,7 +130,7 @@ def test_resuming_is_skipping(reader: RowReader, order: Order, workers: int) -> 
     border = steps_per_epoch(order)
     whole = list(islice(dataset(reader, order), 2 * border))
     for k in (1, border - 1, border, border + 1, border + 2):
-        resumed = load_steps(dataset(reader, order, first_step=k), workers, pin_memory=False)
+        resumed = stream_of(reader, order, workers, first_step=k)
         assert same(list(islice(resumed, len(whole) - k)), whole[k:])
 
 
@@ -117,10 +143,33 @@ def test_every_world_reads_the_same_rows(manifest: Manifest, order: Order, world
         for rank in range(world)
     ]
     for step in (0, 1, steps_per_epoch(order), 1000):
-        shares = [rank.step(step) for rank in ranks]
+        shares = [rank.step(step).batches for rank in ranks]
         assert all(len(share) == micro_batches for share in shares)
         assert {len(b.labels) for share in shares for b in share} == {ROWS_PER_STEP // world // micro_batches}
-        assert sum((rows_of(share) for share in shares), Counter()) == rows_of(single.step(step))
+        assert sum((rows_of(share) for share in shares), Counter()) == rows_of(single.step(step).batches)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8])
+def test_simulated_worlds(manifest: Manifest, world: int) -> None:
+    """24 lanes, a mix that changes, over the end of an epoch: whatever the workers and micro-batches of every rank."""
+    rows = reader_of(manifest).shard_rows
+    sources = tuple("ab"[i % 2] for i in range(len(rows)))
+    stages = (Stage(0, (("a", 2), ("b", 1))), Stage(2 * 48, (("a", 1), ("b", 1))))
+    order = Order(rows, 24, 1, sources, stages)
+    steps, first = 4, sum(rows) // 48
+    single = StepDataset(reader_of(manifest), order, Share(48, 1, 0, 1), 0)
+    expected = [rows_of(single.step(step).batches) for step in range(first, first + steps)]
+    for workers, micro_batches in ((0, 1), (1, 2), (3, 1)):
+        found: list[Counter[bytes]] = [Counter() for _ in range(steps)]
+        for rank in range(world):
+            share = Share(48, micro_batches, rank, world)
+            stream = stream_of(reader_of(manifest), order, workers, share, first)
+            for step, counted in zip(islice(stream, steps), found, strict=True):
+                assert len(step.batches) == micro_batches
+                counted.update(rows_of(step.batches))
+        assert found == expected
 
 
 def test_an_epoch_holds_every_row_once(reader: RowReader) -> None:
@@ -171,11 +220,11 @@ def test_the_shift_of_places_belongs_to_the_row(manifest: Manifest, reader: RowR
 def test_training_shifts_places(reader: RowReader, order: Order) -> None:
     """Row g of the stream is row g of the order, with the shift of g."""
     first = 3 * ROWS_PER_STEP
-    (batch,) = dataset(reader, order).step(3)
+    (batch,) = dataset(reader, order).step(3).batches
     for i in range(ROWS_PER_STEP):
         tokens, chars, labels = reader.row(order.locate(first + i), first + i)
         expected = [*tokens.arrays().values(), *chars.arrays().values(), labels]
-        for found, wanted in zip(arrays_of(batch), expected, strict=True):
+        for found, wanted in zip(batch.tensors(), expected, strict=True):
             np.testing.assert_array_equal(found[i], wanted)
 
 
@@ -189,7 +238,7 @@ def test_validation_has_no_shift(manifest: Manifest) -> None:
     shifted, plain = (
         fixed_batches(reader_of(manifest, "validation", place_shift=s), 99, 4, (0, 1)) for s in (SHIFT, 0)
     )
-    assert same([shifted], [plain])
+    assert same([Step(shifted, 0)], [Step(plain, 0)])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -237,7 +286,7 @@ def test_fixed_batches_of_an_empty_split(prepare_corpus: Prepare, corpus, tmp_pa
 )
 def test_shares_that_do_not_fit(reader: RowReader, order: Order, share: Share, parts: list[str]) -> None:
     with pytest.raises(ShardError) as caught:
-        StepDataset(reader, order, share, 0)
+        Stream(reader, order, share, "")
     message = str(caught.value)
     assert all(part in message for part in parts)
     assert len(message.splitlines()) == 1
@@ -252,50 +301,108 @@ def test_shares_that_fit(world: int) -> None:
 
 def test_fewer_rows_than_lanes(reader: RowReader) -> None:
     with pytest.raises(ShardError, match=r"the training split has 7 rows, fewer than data\.lanes=8"):
-        StepDataset(reader, Order((3, 4), LANES, seed=1), Share(16, 1, 0, 1), 0)
+        Stream(reader, Order((3, 4), LANES, seed=1), ALONE, "")
 
 
-def test_the_rolling_hash_depends_on_the_rows_alone(order: Order) -> None:
-    """Two runs saw the same data if and only if it agrees, whatever their steps."""
-    n = order.rows_per_epoch + 40
-    by_size = {}
-    for rows_per_step in (n, 8, 1):
-        rolled = ""
-        for start in range(0, n, rows_per_step):
-            rolled = roll(rolled, order, range(start, min(start + rows_per_step, n)))
-        by_size[rows_per_step] = rolled
-    assert len(set(by_size.values())) == 1
-
-
-def test_every_row_has_its_own_identity(order: Order) -> None:
-    rolled = {roll("", order, range(g, g + 1)) for g in range(order.rows_per_epoch)}
-    assert len(rolled) == order.rows_per_epoch
-
-
-def test_the_rolling_hash_tells_rows_apart(order: Order) -> None:
-    other = Order(order.shard_rows, LANES, seed=2)
-    hashes = {
-        roll("", order, range(16)),
-        roll("", order, range(15)),
-        roll("", order, range(1, 17)),
-        roll("", other, range(16)),
-        roll(roll("", order, range(16)), order, range(16, 32)),
-        roll(roll("", other, range(16)), order, range(16, 32)),
-        roll("", order, range(16, 32)),
-    }
-    assert len(hashes) == 7
-    assert roll("", order, range(16)) == roll("", Order(order.shard_rows, LANES, seed=1), range(16))
+def test_rank_0_sums_the_rows_of_all_ranks(reader: RowReader, order: Order) -> None:
+    steps = [[dataset(reader, order, rank=rank, world=world).step(3) for rank in range(world)] for world in (1, 4)]
+    expected = identity_sum({g: order.locate(g) for g in range(3 * ROWS_PER_STEP, 4 * ROWS_PER_STEP)})
+    assert [[step.identity_sum for step in ranks] for ranks in steps] == [[expected], [expected, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_torn_shard_is_one_line_whoever_reads_it(prepare_corpus: Prepare, tmp_path: Path, workers: int) -> None:
-    manifest = prepare_corpus(tmp_path / "shards")
-    reader = RowReader(manifest, "train", manifest.tokenizer(), RowFormat(48, 96), seed=1)
-    order = Order(reader.shard_rows, 2, seed=1)
-    shard = next((tmp_path / "shards" / "train").glob("*.tar"))
-    shard.write_bytes(shard.read_bytes()[:-100])
-    steps = load_steps(StepDataset(reader, order, Share(2, 1, 0, 1), 0), workers, pin_memory=False)
-    with pytest.raises(ShardError) as caught:
-        next(steps)
-    assert str(caught.value).startswith(f"{shard}: ")
-    assert "Traceback" not in str(caught.value)
+def test_the_state_is_the_rows_consumed(reader: RowReader, order: Order, workers: int) -> None:
+    """Whatever was read ahead; another number of workers, ranks and micro-batches goes on from it."""
+    stream = stream_of(reader, order, workers)
+    assert stream.state_dict() == {"rows": 0, "manifest_hash": "a manifest", "quarantine": {}}
+    before = list(islice(stream, 3))
+    state = json.loads(json.dumps(stream.state_dict()))
+    assert state == {"rows": 3 * ROWS_PER_STEP, "manifest_hash": "a manifest", "quarantine": {}}
+    after = list(islice(stream, 3))
+    again = stream_of(reader, order)
+    again.load_state_dict(state)
+    assert same(list(islice(again, 3)), after)
+    assert same(before + after, list(islice(stream_of(reader, order), 6)))
+    ranks = [stream_of(reader, order, share=Share(ROWS_PER_STEP, 2, rank, 2)) for rank in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    assert sum((rows_of(next(rank).batches) for rank in ranks), Counter()) == rows_of(after[0].batches)
+    stream.load_state_dict(stream_of(reader, order).state_dict())
+    assert same(list(islice(stream, 3)), before)
+
+
+def test_states_that_do_not_fit(reader: RowReader, order: Order) -> None:
+    stream = stream_of(reader, order)
+    with pytest.raises(ShardError, match=r"of other shards \(manifest of others, not a manifest\)"):
+        stream.load_state_dict({"rows": 16, "manifest_hash": "of others", "quarantine": {}})
+    with pytest.raises(ShardError, match=r"after 24 rows, no whole number of steps of training\.batch_rows=16"):
+        stream.load_state_dict({"rows": 24, "manifest_hash": "a manifest", "quarantine": {}})
+
+
+PAIRS = Share(2, 1, 0, 1)
+
+
+class Torn(NamedTuple):
+    """Shards of which one was cut short, its index, and the steps of an epoch as they were before that."""
+
+    reader: RowReader
+    order: Order
+    shard: int
+    whole: list[Step]
+
+    def first_bad_step(self) -> int:
+        rows = range(self.order.rows_per_epoch)
+        return next(g // 2 for g in rows if self.order.locate(g).shard == self.shard)
+
+
+@pytest.fixture
+def torn(prepare_corpus: Prepare, tmp_path: Path) -> Torn:
+    manifest = prepare_corpus(tmp_path / "shards", shard_bytes=1000)
+    order = Order(reader_of(manifest).shard_rows, 2, seed=1)
+    whole = list(islice(stream_of(reader_of(manifest), order, share=PAIRS), order.rows_per_epoch // 2))
+    shard = list(dict.fromkeys(order.locate(g).shard for g in range(order.rows_per_epoch)))[-1]
+    path = tmp_path / "shards" / f"{manifest.shards('train')[shard]['name']}.tar"
+    path.write_bytes(path.read_bytes()[:-100])
+    return Torn(reader_of(manifest), order, shard, whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_torn_shard_is_one_line_whoever_reads_it(torn: Torn, workers: int) -> None:
+    stream = stream_of(torn.reader, torn.order, workers, share=PAIRS)
+    for _ in range(2):  # the step is not consumed: whoever goes on meets the same shard
+        with pytest.raises(BadShardError) as caught:
+            list(islice(stream, len(torn.whole)))
+        assert caught.value.shard == torn.shard
+        assert caught.value.name in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+        assert "Traceback" not in str(caught.value)
+        assert stream.state_dict()["rows"] == 2 * torn.first_bad_step() > 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_goes_on_without_a_torn_shard(torn: Torn, workers: int) -> None:
+    """Its rows are empty, and every other row is where it was."""
+    first_bad = torn.first_bad_step()
+    stream = stream_of(torn.reader, torn.order, workers, share=PAIRS)
+    steps = list(islice(stream, first_bad))
+    with pytest.raises(BadShardError):
+        next(stream)
+    stream.leave_out([Quarantine(torn.shard, 2 * first_bad)])
+    steps += islice(stream, len(torn.whole) - first_bad)
+    for step, (found, expected) in enumerate(zip(steps, torn.whole, strict=True)):
+        (batch,), (whole,) = found.batches, expected.batches
+        for i in range(2):
+            if torn.order.locate(2 * step + i).shard == torn.shard:
+                assert not batch.tokens.document[i].any()
+                assert not batch.chars.document[i].any()
+                assert (batch.labels[i] == IGNORED).all()
+            else:
+                pairs = zip(batch.tensors(), whole.tensors(), strict=True)
+                assert all(torch.equal(ours[i], theirs[i]) for ours, theirs in pairs)
+    # The rolling hash tells, from the first empty row on.
+    differs = [ours.identity_sum != theirs.identity_sum for ours, theirs in zip(steps, torn.whole, strict=True)]
+    assert differs.index(True) == first_bad
+    # A replay by the state alone reads the same.
+    replay = stream_of(torn.reader, torn.order, share=PAIRS)
+    replay.load_state_dict(stream.state_dict() | {"rows": 2 * first_bad})
+    assert same(list(islice(replay, len(steps) - first_bad)), steps[first_bad:])

@@ -1,6 +1,6 @@
 """What weights were made from, and the probe that proves wherever they are loaded that they are still the same."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ class Provenance:
         precision: of weights and activations in training.
         probe_loss: nats per label of the probe batch, with these weights in this precision.
         metrics: the last validation's figures.
+        quarantine: shards that were left out by name, and the first row of the run that they left empty.
     """
 
     run: str
@@ -35,6 +36,7 @@ class Provenance:
     precision: Literal["fp32", "bf16"]
     probe_loss: float
     metrics: dict[str, float]
+    quarantine: dict[str, int] = field(default_factory=dict)
 
 
 def probe_bytes(batch: Batch) -> bytes:

@@ -99,7 +99,7 @@ def test_zero_3_makes_the_steps_of_plain_pytorch(config: Path, trained: Path) ->
     )
     expected = []
     for step in range(settings.training.steps):
-        batch = dataset.step(step)[0]
+        batch = dataset.step(step).batches[0].to("cpu")
         loss = model(batch.tokens, batch.chars, batch.labels) / batch.label_count()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.training.max_gradient_norm)

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import deepspeed
 import torch
@@ -14,9 +14,11 @@ from torch import nn
 
 from data_pipeline.stream import Batch
 from tidal_dist.config import Config, TrainingConfig
-from tidal_dist.errors import ConfigError
+from tidal_dist.errors import ConfigError, UserError
 from tidal_dist.model.transformer import Checkpoint
 from tidal_dist.training.loss import loss_scale
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -147,3 +149,26 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(action: Callable[[], T]) -> T:
+    """What the action returns on this rank.
+
+    Raises:
+        UserError: on any rank; raised on all of them, so that none waits for another.
+    """
+    outcome: T | UserError
+    try:
+        outcome = action()
+    except UserError as error:
+        outcome = error
+    for problem in gather_objects(outcome if isinstance(outcome, UserError) else None):
+        if problem is not None:
+            raise problem
+    return cast(T, outcome)
+
+
+def from_first_rank(action: Callable[[], T]) -> T:
+    """What the action returns on rank 0, which alone does it."""
+    value = together(lambda: action() if dist.get_rank() == 0 else None)
+    return gather_objects(value)[0]

@@ -2,6 +2,9 @@
 
 import io
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,52 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from data_pipeline.stream import Batch
+
+
+class Pace:
+    """The speed of training since the last `restart`, over all ranks as far as one can tell from this one."""
+
+    def __init__(self, world: int):
+        self._world = world
+        self._count_from_now()
+
+    def _count_from_now(self) -> None:
+        self._started, self._waited = time.monotonic(), 0.0
+        self._steps = self._bytes = self._tokens = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        started = time.monotonic()
+        yield
+        self._waited += time.monotonic() - started
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Around what is no training."""
+        started = time.monotonic()
+        yield
+        self._started += time.monotonic() - started
+
+    def add(self, batches: list[Batch]) -> None:
+        """Count a step."""
+        self._steps += 1
+        self._bytes += sum(b.byte_count() for b in batches) * self._world
+        self._tokens += sum(b.token_count() for b in batches) * self._world
+
+    def restart(self) -> dict[str, float]:
+        """The figures so far, after one step at least, by TensorBoard's names; count anew."""
+        elapsed = time.monotonic() - self._started
+        figures = {
+            "speed/tokens_per_second": self._tokens / elapsed,
+            "speed/bytes_per_second": self._bytes / elapsed,
+            "speed/seconds_per_step": elapsed / self._steps,
+            "speed/data_wait_share": self._waited / elapsed,
+        }
+        self._count_from_now()
+        return figures
 
 
 class Monitor:

@@ -6,8 +6,9 @@ from itertools import islice
 
 import torch
 
-from data_pipeline.layout import CharPositions, LaidOut, Piece, beginning, blocks_of_piece, lay_out
+from data_pipeline.layout import CharPositions, LaidOut, lay_out
 from data_pipeline.ordering import RowAddress
+from data_pipeline.pieces import Piece, beginning, blocks_of_piece
 from data_pipeline.rows import RowReader
 from data_pipeline.shard_reader import ShardReader
 from data_pipeline.shards import Manifest
@@ -45,7 +46,7 @@ def generation_tasks(manifest: Manifest, config: ValidationConfig) -> list[Task]
     pieces = (
         reader.document(i)[0]
         for entry in manifest.shards("validation")
-        for reader in [ShardReader(manifest.folder, entry)]
+        for reader in [ShardReader(manifest.storage, entry)]
         for i in range(entry["documents"])
     )
     return [_task(piece, config.prompt_blocks) for piece in islice(pieces, config.prompts)]

@@ -1,0 +1,1 @@
+"""What a run has read: its rolling hash, its rows explained, two runs compared."""
