@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def launch(config: Path, *arguments: str, ranks: int = 2, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """Run `deepspeed --num_gpus RANKS launch/train.py --config CONFIG ...`; no process outlives it."""
+@contextlib.contextmanager
+def started(config: Path, *arguments: str, ranks: int = 2) -> Iterator[subprocess.Popen[str]]:
+    """`deepspeed --num_gpus RANKS launch/train.py --config CONFIG ...` while it runs; no process outlives the block."""
     command = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
     command += [str(ROOT / "launch" / "train.py"), "--config", str(config), *arguments]
     process = subprocess.Popen(
@@ -45,11 +47,18 @@ def launch(config: Path, *arguments: str, ranks: int = 2, timeout: float = 180) 
         start_new_session=True,
     )
     try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def launch(config: Path, *arguments: str, ranks: int = 2, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    """Run the training to its end."""
+    with started(config, *arguments, ranks=ranks) as process:
         output, _ = process.communicate(timeout=timeout)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(command, process.returncode, output)
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
 def launched(config: Path, *arguments: str, ranks: int = 2) -> str:
@@ -130,7 +139,7 @@ def write_config(folder: Path, **sections: dict) -> Path:
         "validation": {"every_steps": 3, "rows": 8, "prompts": 6, "max_bytes": 16},
     }
     for section, values in sections.items():
-        content[section] |= values
+        content[section] = content.get(section, {}) | values
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     return path

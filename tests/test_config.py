@@ -100,6 +100,11 @@ def test_yaml_reads_exponents_as_numbers(path: Path, number: str) -> None:
             "corpus.sources=[{path: a, format: text}, {path: a, format: text, exclud: []}]",
             ["unknown key corpus.sources.1.exclud", "did you mean exclude?"],
         ),
+        (
+            "corpus.filters=[{kind: length, min_bites: 3}]",
+            ["unknown key corpus.filters.0.length.min_bites", "did you mean min_bytes?"],
+        ),
+        ("corpus.filters=[{kind: url, max_bytes: 3}]", ["known keys: kind, soft_word_threshold, "]),
     ],
 )
 def test_unknown_keys_name_the_nearest(path: Path, override: str, parts: list[str]) -> None:
@@ -128,7 +133,10 @@ def test_unknown_keys_name_the_nearest(path: Path, override: str, parts: list[st
         ("model=3", ["model=3"]),
         ("corpus.sources=[]", ["corpus.sources=[]", "at least 1"]),
         ("corpus.sources=[{path: 3, format: text}]", ["corpus.sources.0.path=3", "string"]),
-        ("corpus.sources=[{path: a, format: csv}]", ["corpus.sources.0.format='csv'", "'jsonl' or 'text'"]),
+        ("corpus.sources=[{path: a, format: xml}]", ["corpus.sources.0.format='xml'", "'jsonl', 'text', "]),
+        ("corpus.filters=[{kind: length, min_bytes: x}]", ["corpus.filters.0.length.min_bytes='x'", "integer"]),
+        ("corpus.filters=[{kind: lenght}]", ["corpus.filters.0=", "'lenght'", "'length'"]),
+        ("corpus.filters=[{min_bytes: 3}]", ["corpus.filters.0=", "'kind'"]),
         ("corpus.validation_fraction=1", ["corpus.validation_fraction=1", "less than 1"]),
     ],
 )

@@ -4,12 +4,13 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data_pipeline.corpus import CorpusConfig
+from data_pipeline.preparing.executors import PrepareConfig
 from data_pipeline.section import Section
 from data_pipeline.segmentation import SegmentationConfig
 from data_pipeline.shards import DataConfig
@@ -113,6 +114,7 @@ class Config(Section):
     segmentation: SegmentationConfig = SegmentationConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
+    prepare: PrepareConfig = PrepareConfig()
     model: ModelConfig
     training: TrainingConfig
     validation: ValidationConfig = ValidationConfig()
@@ -202,14 +204,20 @@ def _explain(error: Any, where: str) -> str:
 
 
 def _known_keys(model: Any, location: Sequence[Any]) -> list[str]:
+    sections = [model]
     for part in location:
-        if isinstance(part, str):
-            model = _section_type(model.model_fields[part].annotation)
-    return list(model.model_fields)
+        if not isinstance(part, str):
+            continue
+        # Where a key tells sections of several kinds apart, a location goes through the kind.
+        kinds = [
+            s for s in sections if "kind" in s.model_fields and part in get_args(s.model_fields["kind"].annotation)
+        ]
+        sections = kinds or [t for s in sections for t in _section_types(s.model_fields[part].annotation)]
+    return list(sections[0].model_fields)
 
 
-def _section_type(annotation: Any) -> type[BaseModel]:
-    """The section inside an annotation such as `list[SourceConfig]`."""
-    while get_origin(annotation) in (list, Union, Annotated):
-        annotation = get_args(annotation)[0]
-    return annotation
+def _section_types(annotation: Any) -> list[type[BaseModel]]:
+    """The sections inside an annotation such as `list[SourceConfig]`."""
+    if get_origin(annotation) is None:
+        return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    return [section for inner in get_args(annotation) for section in _section_types(inner)]
