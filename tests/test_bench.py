@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.layout import piece_of_blocks
+from data_pipeline.pieces import piece_of_blocks
 from data_pipeline.segmentation import SegmentationConfig
 from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
 from tidal_dist.bench import layout as bench

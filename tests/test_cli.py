@@ -98,7 +98,8 @@ def test_prepare_plans_and_refuses_to_overwrite(tmp_path: Path) -> None:
     message = tidal_error("prepare", config, "--overwrite")
     assert f"{tmp_path}/corpus.jsonl:2: needs the fields" in message
     assert (tmp_path / "shards" / "manifest.json").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "corpus.jsonl", "shards"]
+    # What is finished, the tokeniser here, is kept for the next start.
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".shards.partial", "config.yaml", "corpus.jsonl", "shards"]
 
 
 @pytest.mark.parametrize(
@@ -154,3 +155,16 @@ def test_an_interrupted_reader_is_no_error(export: Path) -> None:
         time.sleep(0.1)
     assert process.poll() == 141
     assert b"Traceback" not in process.stderr.read()
+
+
+def test_overrides_may_stand_behind_options(tmp_path: Path) -> None:
+    """argparse alone takes them only where they follow the configuration."""
+    for order in (["--overwrite", "data.shards=/x"], ["data.shards=/x", "--overwrite"]):
+        message = tidal_error("prepare", tmp_path / "no.yaml", *order)
+        assert "no such configuration file" in message
+    for wrong in (["--overwrite", "data.shards"], ["--shards=3"]):
+        with pytest.raises(SystemExit) as caught:
+            tidal_here("prepare", tmp_path / "no.yaml", *wrong)
+        assert caught.value.code == 2
+    with pytest.raises(SystemExit):
+        tidal_here("audit", "a", "b", "data.shards=/x")

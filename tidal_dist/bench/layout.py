@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from data_pipeline.corpus import CorpusConfig, ReadCounts, read_documents
-from data_pipeline.layout import Piece, Slots, lay_out, pack, piece_of_blocks
+from data_pipeline.layout import Slots, lay_out, pack
+from data_pipeline.pieces import Piece, piece_of_blocks
 from data_pipeline.segmentation import SegmentationConfig, segment
 from data_pipeline.stream import Batch, batch_of_rows
 from data_pipeline.tokenizer import MixedTokenizer, train_tokenizer

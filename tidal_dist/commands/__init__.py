@@ -1,0 +1,1 @@
+"""What the commands of `tidal` take and do."""
