@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# A process on each core, with one thread, since most tests are too small for more.
+FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 .PHONY: demo test check clean
 
@@ -9,17 +11,18 @@ demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo
 
 test: check
-	$(BIN)/python -m pytest -m slow
+	$(FAST) -m slow --ignore tests/distributed
+	$(BIN)/python -m pytest -m slow tests/distributed
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(FAST) -m "not slow"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,data,ray,dev]'
 	touch $@
 
 clean:
