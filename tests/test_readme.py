@@ -10,7 +10,7 @@ from launch.train import parser as train_parser
 from tidal_dist.cli import parser as cli_parser
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "README.zh-CN.md"]
+PAGES = ["README.md", "README.zh-CN.md", "docs/data.md"]
 
 
 def commands(page: str) -> list[str]:
@@ -37,7 +37,7 @@ def test_commands_are_understood(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text("utf-8")):
-        assert (ROOT / target).exists(), target
+        assert ((ROOT / page).parent / target).exists(), target
 
 
 def test_the_tree_is_the_tree() -> None:
