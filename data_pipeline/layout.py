@@ -341,11 +341,6 @@ def alone(row: LaidOut, document: int) -> LaidOut:
     return first, second, labels[own]
 
 
-def shift_places(slots: Slots, shift: int) -> Slots:
-    """The slots with `shift` added to every place; what has no place gets none."""
-    return replace(slots, place=np.where(slots.place == NO_PLACE, NO_PLACE, slots.place + shift))
-
-
 def place_count(max_block_bytes: int, place_shift: int) -> int:
     """Number of different places, "none" included: the end mark of the longest block has the largest."""
     return 1 + char_place(max_block_bytes) + place_shift

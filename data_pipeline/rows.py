@@ -180,13 +180,9 @@ class RowReader:
 
     def documents(self, address: RowAddress) -> list[tuple[str, int]]:
         """Of each piece of a row: where its document stands and comes from, and its first block there."""
-        reader, plan = self._open(address.shard)
         shard = self._manifest.shards(self._split)[address.shard]["name"]
-        found = []
-        for number, first, _ in plan.pieces(address.row):
-            file, line = reader.origin(number)
-            found.append((f"{shard} document {number} ({file}:{line})", first))
-        return found
+        origins = self.origins(address)
+        return [(f"{shard} document {o.document} ({o.file}:{o.line})", o.first_block) for o in origins]
 
     def origins(self, address: RowAddress) -> list[PieceOrigin]:
         """Where each piece of a row comes from.

@@ -316,7 +316,12 @@ class Manifest:
         Raises:
             ShardError: the index is missing or not the one that was written.
         """
-        return DocumentLengths(**read_index(self.storage, shard, LENGTHS))
+        return read_lengths(self.storage, shard)
+
+
+def read_lengths(storage: Storage, shard: dict[str, Any]) -> DocumentLengths:
+    """The lengths of a shard's documents, from its index; errors as `read_index`."""
+    return DocumentLengths(**read_index(storage, shard, LENGTHS))
 
 
 def read_index(storage: Storage, shard: dict[str, Any], names: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import ShardError
-from data_pipeline.rows import PLAN
+from data_pipeline.rows import PLAN, RowFormat
 from data_pipeline.shards import MANIFEST, Manifest, read_index, seal
 from data_pipeline.storage import Storage
 
@@ -109,8 +109,8 @@ def _plan_files(manifest: Manifest, present: set[str]) -> tuple[list[Recorded], 
 def _differences_of_plan(manifest: Manifest, folder: str, content: dict, entries: dict[str, list[dict]]) -> str:
     if content["manifest"] != manifest.hash:
         return "belongs to other shards"
-    overlap = f"-overlap-{content['overlap_tokens']}" if content["overlap_tokens"] else ""
-    if folder != f"rows-{content['row_tokens']}x{content['row_chars']}{overlap}":
+    sizes = {name: content[name] for name in ("row_tokens", "row_chars", "overlap_tokens")}
+    if folder != RowFormat(**sizes).plan_name:
         return "is of rows of another size"
     for split, plans in entries.items():
         if [plan["name"] for plan in plans] != [entry["name"] for entry in manifest.shards(split)]:

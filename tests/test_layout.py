@@ -18,9 +18,7 @@ from data_pipeline.layout import (
     lay_out_rows,
     may_see,
     pack,
-    padding,
     place_count,
-    shift_places,
     token_slots,
 )
 from data_pipeline.pieces import beginning, blocks_of_piece, piece_of_blocks, reverse_block, slot_counts
@@ -331,8 +329,14 @@ def test_the_beginning_of_a_piece_is_the_piece_of_its_first_blocks(blocks: list[
     assert cut.block_tokens.tolist() == expected.block_tokens.tolist()
 
 
-def test_shift_leaves_padding_without_place():
-    assert shift_places(padding("char", 3), 4).place.tolist() == [0, 0, 0]
+@pytest.mark.parametrize("blocks", [["a", " b"], []])
+def test_shift_leaves_padding_without_place(blocks: list[str]):
+    pieces, shifts = ([[piece_of_blocks(blocks, TOKENIZER)]], [[4]]) if blocks else ([[]], [[]])
+    tokens, chars, _ = lay_out_rows(pieces, shifts, LENGTHS, "mirrored", (9, 9))
+    for slots in (tokens, chars):
+        empty = slots.document == 0
+        assert empty.any()
+        assert slots.place[empty].tolist() == [0] * int(empty.sum())
 
 
 def test_char_slots_work_on_scalars_of_a_block_at_hand():

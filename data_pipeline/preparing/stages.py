@@ -12,14 +12,13 @@ from data_pipeline.documents import BadRecords, Document, ReadCounts, SideFile, 
 from data_pipeline.encoding import BatchEncoder
 from data_pipeline.errors import CorpusError, UserError
 from data_pipeline.files import replace_file, sha256_of
-from data_pipeline.packing import DocumentLengths
 from data_pipeline.preparing.assignment import Assignment, Stage
 from data_pipeline.preparing.job import Job
 from data_pipeline.preparing.receipts import Receipt
 from data_pipeline.preparing.sampling import Part, Sampled, is_validation, sample_texts
 from data_pipeline.rows import plan_shard, write_row_plan
 from data_pipeline.segmentation import SegmentationConfig
-from data_pipeline.shards import COUNTS, LENGTHS, SPLITS, Manifest, ShardWriter, read_index, write_manifest
+from data_pipeline.shards import COUNTS, SPLITS, Manifest, ShardWriter, read_lengths, write_manifest
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import MixedTokenizer, train_tokenizer
 
@@ -137,7 +136,7 @@ def _write_shards(given: Assignment) -> dict[str, Any]:
         entries = _written(given, _unique(job, given.task, dropped) if job.corpus.dedup.wanted else documents)
     plans = {}
     for entry in (entry for split in SPLITS for entry in entries[split]):
-        lengths = DocumentLengths(**read_index(storage, entry, LENGTHS))
+        lengths = read_lengths(storage, entry)
         plans[entry["name"]] = plan_shard(storage, entry["name"], lengths, job.row_format)
     return {"read": asdict(counts), "dropped": dropped, "entries": entries, "plans": plans}
 
