@@ -1,0 +1,1 @@
+"""What a run needs, on paper: parameters, memory, communication, time. No torch, no DeepSpeed."""

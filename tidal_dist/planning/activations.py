@@ -1,0 +1,150 @@
+"""Memory of a pass: what layers keep for the backward pass, and what works beside it. In bytes.
+
+Follows `tidal_dist/model`: what autograd keeps of each of its operations. T token slots, C char slots, S = T + C where
+chars pass, A those that ask (all, in the last layer the chars), e bytes of an element.
+"""
+
+from dataclasses import dataclass, fields
+
+from data_pipeline.tokenizer import OUTPUT_VOCABULARY
+from tidal_dist.config import ModelConfig
+from tidal_dist.flops import char_groups
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """What a pass is made of.
+
+    Attributes:
+        rows: of the pass. row_tokens, row_chars: slots of a row. longest_run: char slots of the longest block.
+        labels: supervised chars of a row. element: bytes of an element.
+        fused_norms: a norm keeps its input alone, as on a GPU; else its product too, in float32.
+    """
+
+    model: ModelConfig
+    rows: int
+    row_tokens: int
+    row_chars: int
+    longest_run: int
+    labels: int
+    element: int
+    fused_norms: bool
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """What a layer keeps from its forward to its backward pass.
+
+    Attributes:
+        inputs: its input, which activation checkpointing keeps. attention: of the attention part, the char groups'
+            copies of keys and values apart. key_copies: those. mlp: of the feed-forward part.
+        working: what the backward pass needs at its largest beyond all of it.
+    """
+
+    inputs: int
+    attention: int
+    key_copies: int
+    mlp: int
+    working: int
+
+    @property
+    def kept(self) -> int:
+        """Without activation checkpointing."""
+        return self.inputs + self.attention + self.key_copies + self.mlp
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """The largest moment of a forward and backward pass, by part.
+
+    Attributes:
+        kept: by all layers to that moment, inputs of checkpointed ones and everything of the others.
+        working: of the layer that is computed again and passed backward.
+        biases: of attention, held through the whole pass. embeddings: of the chars that enter. logits: and their
+            gradients.
+    """
+
+    kept: int
+    working: int
+    biases: int
+    embeddings: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+def layer_memory(shape: PassShape, index: int) -> LayerMemory:
+    """What layer `index` keeps."""
+    model, e, rows = shape.model, shape.element, shape.rows
+    chars = shape.row_chars if index >= model.n_layers - model.char_depth else 0
+    asking = chars if index == model.n_layers - 1 else shape.row_tokens + chars
+    slots = shape.row_tokens + chars
+    asking_state, slots_state = rows * asking * model.width * e, rows * slots * model.width * e
+    hidden = rows * asking * model.hidden_width * e
+    # A composite norm keeps its product too, and in bf16 instead of its input a float32 copy of it.
+    composite = _FP32 if e == _FP32 else 2 * _FP32 - e
+    norms = 0 if shape.fused_norms else rows * model.width * (asking + slots) * composite
+    log_sums = rows * model.n_heads * asking * _FP32
+    dropped = 2 * rows * asking * model.width if model.dropout else 0
+    keys = sum(shape.row_tokens + asked for _, asked in char_groups(chars, shape.longest_run))
+    # Tokens that ask keep the keys, if rotated, and the buffer of keys and values; chars have copies. Where only the
+    # chars of several rows ask, their states lie apart, and are copied for the queries.
+    is_last = index == model.n_layers - 1
+    shared = asking_state * (rows > 1) if is_last else slots_state * (3 if model.encoding == "rope" else 2)
+    # Normed input, queries, outputs, and what `out` takes.
+    attention = slots_state + 3 * asking_state + shared + log_sums + norms + dropped
+    mlp = 2 * asking_state + (4 if model.mlp == "swiglu" else 2) * hidden
+    # Either the gradients inside the feed-forward part, or, when what that kept is free again, those of attention.
+    working = max((2 if model.mlp == "swiglu" else 1) * hidden + 2 * asking_state, 8 * slots_state - mlp)
+    return LayerMemory(
+        inputs=slots_state, attention=attention, key_copies=2 * rows * keys * model.width * e, mlp=mlp, working=working
+    )
+
+
+def pass_memory(shape: PassShape, recomputed: frozenset[int], inputs_on_host: bool) -> PassMemory:
+    """The largest moment of a pass.
+
+    Args:
+        recomputed: layers of which only the input is kept. inputs_on_host: those inputs lie in host memory.
+    """
+    layers = [layer_memory(shape, i) for i in range(shape.model.n_layers)]
+    at_loss = [0 if inputs_on_host else m.inputs if i in recomputed else m.kept for i, m in enumerate(layers)]
+    at_loss = [m.kept if i not in recomputed else kept for i, (m, kept) in enumerate(zip(layers, at_loss, strict=True))]
+    moments = [(sum(at_loss), 0, logits_memory(shape))]
+    for i, layer in enumerate(layers):
+        again = layer.kept - at_loss[i] if i in recomputed else 0
+        moments.append((sum(at_loss[: i + 1]), again + layer.working, 0))
+    kept, working, logits = max(moments, key=sum)
+    return PassMemory(kept, working, biases_memory(shape), embeddings_memory(shape), logits)
+
+
+def biases_memory(shape: PassShape) -> int:
+    """Biases of tokens on tokens and of each group of chars, rotary angles."""
+    model = shape.model
+    heads = model.n_heads if model.encoding == "alibi" else 1
+    groups = char_groups(shape.row_chars, shape.longest_run)
+    pairs = shape.row_tokens**2 + sum(asking * (shape.row_tokens + asked) for asking, asked in groups)
+    has_angles = model.encoding == "rope"
+    angles = (shape.row_tokens + shape.row_chars) * (model.width // model.n_heads) if has_angles else 0
+    return shape.rows * (pairs * heads + angles) * shape.element
+
+
+def embeddings_memory(shape: PassShape) -> int:
+    """The chars that enter, and what the handoff keeps."""
+    model = shape.model
+    norms = 0 if shape.fused_norms else _FP32 // shape.element
+    handoff = (2 + norms) * shape.row_tokens if model.has_handoff else 0
+    return shape.rows * model.width * handoff * shape.element
+
+
+def logits_memory(shape: PassShape) -> int:
+    """The last norm, the supervised states, logits, their logarithms and the gradient of those."""
+    labels = shape.rows * shape.labels
+    states = shape.rows * shape.row_chars * shape.model.width * shape.element * (2 if shape.fused_norms else 3)
+    each = shape.element + 3 * _FP32 if shape.element < _FP32 else 3 * _FP32
+    return states + labels * (shape.model.width * shape.element + OUTPUT_VOCABULARY * each)
