@@ -140,15 +140,21 @@ class Layer(nn.Module):
 
 
 class TidalTransformer(nn.Module):
-    """The model. `checkpoint(function, x)` runs a layer with activation checkpointing; none: without."""
+    """The model. `checkpoint(function, x)` runs every k-th layer, the first among them, and keeps only its input."""
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, max_block_bytes: int, checkpoint: Checkpoint | None = None
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        max_block_bytes: int,
+        checkpoint: Checkpoint | None = None,
+        checkpoint_every_layers: int = 1,
     ):
         super().__init__()
         self.config = config
         self.longest_run = max_block_bytes + 1
         self.checkpoint = checkpoint
+        self.checkpoint_every_layers = checkpoint_every_layers
         self.embedding = Embedding(vocab_size, config.width)
         if config.places:
             self.place_embedding = Embedding(place_count(max_block_bytes, config.place_shift), config.width)
@@ -173,7 +179,7 @@ class TidalTransformer(nn.Module):
                 if config.has_handoff:
                     entering = entering + self._hand_off(x, tokens, chars, past)
                 x = torch.cat([x, entering], dim=1)
-            x = self._run(layer, x, n_tokens, *prepared, past)
+            x = self._run(i, layer, x, n_tokens, *prepared, past)
         hidden = self.norm(x)
         if labels is None:
             return self.output(hidden)
@@ -182,8 +188,8 @@ class TidalTransformer(nn.Module):
         logits = self.output(hidden[supervised]).to(torch.promote_types(hidden.dtype, torch.float32))
         return F.cross_entropy(logits, labels[supervised], reduction="sum")
 
-    def _run(self, layer: nn.Module, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        if self.checkpoint is not None and self.training:
+    def _run(self, index: int, layer: nn.Module, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        if self.checkpoint is not None and self.training and index % self.checkpoint_every_layers == 0:
             return self.checkpoint(lambda inputs: layer(inputs, *arguments), x)
         return layer(x, *arguments)
 
