@@ -1,34 +1,30 @@
 """What a run reads and where it stands, without the engine."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from data_pipeline.errors import BadShardError, CorpusError
 from data_pipeline.ledger import SourceUse
-from data_pipeline.quarantine import QuarantineRecord
+from data_pipeline.quarantine import LeftOutRows, QuarantineRecord
 from data_pipeline.shards import DataConfig, Manifest
 from tests.mixed_shards import SUMS, TIDES, prepare_mixed
 from tidal_dist.config import Config
 from tidal_dist.errors import CheckpointError, ShardError, UserError
 from tidal_dist.provenance import Provenance
 from tidal_dist.training import checkpoint as ckpt
+from tidal_dist.training import commit
+from tidal_dist.training.bad_steps import checkpoint_before
 from tidal_dist.training.data import RunData, data_scalars, open_data, record_of_bad_shards
-from tidal_dist.training.monitor import Pace
+from tidal_dist.training.resume import check_model, check_probe, check_shapes
 from tidal_dist.training.state import Saver
 
 MIX = [{"weights": {SUMS: 0.5, TIDES: 0.5}}, {"from_step": 8, "weights": {SUMS: 0.25, TIDES: 0.75}}]
 STEP, BATCH = 6, 8
-
-
-class FakeEngine:
-    """Loads nothing."""
-
-    def load_checkpoint(self, *_: Any, **__: Any) -> tuple[str, dict]:
-        return "loaded", {}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +40,7 @@ def opened(config: Config, record: QuarantineRecord | None = None, world: int = 
 
 def saver_of(config: Config) -> Saver:
     manifest, data = opened(config)
-    return Saver(config, manifest, data, FakeEngine(), world=1)
+    return Saver(config, manifest, data, engine=None, world=1)
 
 
 def changed(config: Config, folder: Path, **data: Any) -> Config:
@@ -53,14 +49,14 @@ def changed(config: Config, folder: Path, **data: Any) -> Config:
     return Config.model_validate(sections | {"run_dir": str(folder), "data": sections["data"] | data})
 
 
-def write_state(config: Config, quarantine: dict[str, int] | None = None) -> Path:
-    """A checkpoint of step 6 without weights, as a run of this configuration writes it."""
+def write_state(config: Config, quarantine: dict[str, int] | None = None, step: int = STEP) -> Path:
+    """A checkpoint without weights, as a run of this configuration writes it."""
     saver, manifest = saver_of(config), Manifest.of(config.data)
     made = Provenance(
         run=config.run_dir,
         config_hash="",
-        step=STEP,
-        rows=STEP * BATCH,
+        step=step,
+        rows=step * BATCH,
         rolling_hash="ab" * 32,
         manifest_hash=manifest.hash,
         tokenizer_hash=manifest.content["tokenizer_hash"],
@@ -70,11 +66,13 @@ def write_state(config: Config, quarantine: dict[str, int] | None = None) -> Pat
         metrics={"validation/exact_match": 0.5},
         quarantine=quarantine or {},
     )
-    state = ckpt.TrainingState(made, 1, saver._order_hash(STEP * BATCH), 12.0)
-    checkpoint = Path(config.run_dir) / "checkpoints" / f"step-{STEP:08d}"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / ckpt.STATE).write_text(json.dumps(asdict(state)))
-    return checkpoint
+    state = ckpt.TrainingState(made, 1, saver._order_hash(step * BATCH), 12.0)
+    folder = Path(config.run_dir) / "checkpoints"
+    partial, final = commit.partial_folder(folder, step), commit.final_folder(folder, step)
+    partial.mkdir(parents=True)
+    (partial / ckpt.STATE).write_bytes(state.as_json())
+    commit.commit(partial, final, step, [commit.written_file(partial, partial / ckpt.STATE)])
+    return final
 
 
 def empty(config: Config) -> QuarantineRecord:
@@ -83,7 +81,7 @@ def empty(config: Config) -> QuarantineRecord:
 
 def test_a_run_is_found_where_it_stood(config: Config, tmp_path: Path) -> None:
     ours = changed(config, tmp_path)
-    state = saver_of(ours).load(write_state(ours), empty(ours))
+    state = saver_of(ours).stand(write_state(ours), empty(ours))
     assert (state.step, state.rolling_hash, state.metrics) == (STEP, "ab" * 32, {"validation/exact_match": 0.5})
 
 
@@ -99,7 +97,7 @@ def test_a_run_is_found_where_it_stood(config: Config, tmp_path: Path) -> None:
 def test_a_mix_may_change_where_the_run_has_not_come_yet(config: Config, tmp_path: Path, data: dict) -> None:
     checkpoint = write_state(changed(config, tmp_path))
     theirs = changed(config, tmp_path, **data)
-    assert saver_of(theirs).load(checkpoint, empty(theirs)).step == STEP
+    assert saver_of(theirs).stand(checkpoint, empty(theirs)).step == STEP
 
 
 @pytest.mark.parametrize(
@@ -116,7 +114,7 @@ def test_what_was_read_cannot_change(config: Config, tmp_path: Path, data: dict)
     checkpoint = write_state(changed(config, tmp_path))
     theirs = changed(config, tmp_path, **data)
     with pytest.raises(CheckpointError, match=r": order hash "):
-        saver_of(theirs).load(checkpoint, empty(theirs))
+        saver_of(theirs).stand(checkpoint, empty(theirs))
 
 
 @pytest.mark.parametrize(
@@ -137,10 +135,106 @@ def test_the_record_must_be_that_of_the_checkpoint(
     for name, row in recorded.items():
         record = record.with_shards([BadShardError("", 0, name)], row)
     if fits:
-        assert saver_of(ours).load(checkpoint, record).record == record
+        assert saver_of(ours).stand(checkpoint, record).record == record
     else:
         with pytest.raises(CheckpointError, match=r"quarantine\.json: not the record that step-00000006 was trained"):
-            saver_of(ours).load(checkpoint, record)
+            saver_of(ours).stand(checkpoint, record)
+
+
+@pytest.mark.parametrize("name", ["manifest_hash", "tokenizer_hash", "segmentation_hash"])
+def test_another_corpus_tokeniser_or_segmentation_is_named(config: Config, tmp_path: Path, name: str) -> None:
+    ours = changed(config, tmp_path)
+    checkpoint = write_state(ours)
+    content = json.loads((checkpoint / ckpt.STATE).read_text())
+    content["provenance"][name] = "0" * 64
+    (checkpoint / ckpt.STATE).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"step-00000006: {name.replace('_', ' ')} 0000.* there, .* in this run"):
+        saver_of(ours).stand(checkpoint, empty(ours))
+
+
+def test_another_model_is_named_with_all_that_differs(config: Config, tmp_path: Path) -> None:
+    (tmp_path / ckpt.CONFIG).write_text(config.to_yaml())
+    sections = config.model_dump()
+    other = sections | {"model": sections["model"] | {"width": 64, "encoding": "alibi", "dropout": 0.5}}
+    with pytest.raises(
+        CheckpointError, match=r"model\.width 16 there, 64 in this run; model\.encoding rope there, alibi"
+    ):
+        check_model(tmp_path, Config.model_validate(other))
+    check_model(tmp_path, Config.model_validate(sections | {"model": sections["model"] | {"dropout": 0.5}}))
+
+
+def test_another_shape_is_named(tmp_path: Path) -> None:
+    engine = SimpleNamespace(module=torch.nn.Linear(3, 2))
+    state = SimpleNamespace(parameters={"weight": {"shape": [2, 3]}, "bias": {"shape": [2]}})
+    check_shapes(tmp_path, state, engine)  # type: ignore[arg-type]
+    state.parameters["weight"]["shape"] = [3, 3]
+    with pytest.raises(CheckpointError, match=r"another model: weight \[3, 3\] there, \[2, 3\] in this run"):
+        check_shapes(tmp_path, state, engine)  # type: ignore[arg-type]
+    del state.parameters["weight"]
+    with pytest.raises(CheckpointError, match=r"weight none there, \[2, 3\] in this run"):
+        check_shapes(tmp_path, state, engine)  # type: ignore[arg-type]
+
+
+def test_a_probe_loss_that_is_not_repeated_is_an_error(config: Config, tmp_path: Path) -> None:
+    state = ckpt.load_state(write_state(changed(config, tmp_path)))
+    assert check_probe(tmp_path, state, 1.0) == 0.0
+    assert check_probe(tmp_path, state, 1.00005) == pytest.approx(5e-5)
+    for loss in (1.001, float("nan")):
+        with pytest.raises(CheckpointError, match=r"the probe batch's loss is .* here, 1\.000000 was saved"):
+            check_probe(tmp_path, state, loss)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "trained_with", "fits"),
+    [
+        ([(16, 24), (32, 40)], {"rows 16": 24, "rows 32": 40}, True),
+        ([(32, 40), (STEP * BATCH, 64)], {"rows 32": 40}, True),  # the next step was bad, after the checkpoint
+        ([(32, 64)], {"rows 32": STEP * BATCH}, True),  # the checkpoint was made among steps that are left out
+        ([], {"rows 32": 40}, False),
+        ([(32, 48)], {"rows 32": 40}, False),
+        ([(24, 32)], {}, False),
+    ],
+)
+def test_rows_left_out_must_be_those_of_the_checkpoint(
+    config: Config, tmp_path: Path, left_out: list[tuple[int, int]], trained_with: dict[str, int], fits: bool
+) -> None:
+    ours = changed(config, tmp_path)
+    checkpoint, record = write_state(ours, trained_with), empty(ours)
+    for rows in left_out:
+        record = record.with_rows(LeftOutRows(*rows, "bad"))
+    if fits:
+        assert saver_of(ours).stand(checkpoint, record).record == record
+    else:
+        with pytest.raises(CheckpointError, match=r"quarantine\.json: not the record that step-00000006 was trained"):
+            saver_of(ours).stand(checkpoint, record)
+
+
+def test_what_the_guard_keeps_is_found_again(config: Config, tmp_path: Path) -> None:
+    ours = changed(config, tmp_path)
+    checkpoint = write_state(ours)
+    assert saver_of(ours).stand(checkpoint, empty(ours)).guard == {}
+    kept = {"norms": [0.1, 1 / 3, 1e-17]}
+    content = json.loads((checkpoint / ckpt.STATE).read_text())
+    (checkpoint / ckpt.STATE).write_text(json.dumps(content | {"extra": {"guard": kept}}))
+    assert saver_of(ours).stand(checkpoint, empty(ours)).guard == kept
+
+
+@pytest.mark.parametrize(
+    ("steps", "before", "expected"), [([2, 4, 6], 6, 4), ([2, 4, 6], 9, 6), ([6], 6, 6), ([], 6, None)]
+)
+def test_the_checkpoint_to_go_back_to(
+    config: Config, tmp_path: Path, steps: list[int], before: int, expected: int | None
+) -> None:
+    """One from before the last step that was made, if there is one; those after it are gone then."""
+    ours = changed(config, tmp_path)
+    folder = Path(ours.run_dir) / "checkpoints"
+    for step in steps:
+        write_state(ours, step=step)
+    found = checkpoint_before(folder, before)
+    assert (found and found.name) == (expected and f"step-{expected:08d}")
+    if expected is not None:
+        commit.discard_after(folder, expected)
+        assert sorted(path.name for path in folder.iterdir()) == [f"step-{s:08d}" for s in steps if s <= expected]
 
 
 def test_older_checkpoints_have_no_quarantine(config: Config, tmp_path: Path) -> None:
@@ -149,7 +243,7 @@ def test_older_checkpoints_have_no_quarantine(config: Config, tmp_path: Path) ->
     content = json.loads((checkpoint / ckpt.STATE).read_text())
     del content["provenance"]["quarantine"]
     (checkpoint / ckpt.STATE).write_text(json.dumps(content))
-    assert saver_of(ours).load(checkpoint, empty(ours)).step == STEP
+    assert saver_of(ours).stand(checkpoint, empty(ours)).step == STEP
 
 
 @pytest.mark.parametrize(
@@ -243,25 +337,3 @@ def test_tensorboard_shows_each_source() -> None:
         "data/b/repeats": 18,
     }
     assert data_scalars(uses[:1], 0)["data/epochs"] == 0.5
-
-
-def test_pace_counts_what_training_takes(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
-    now = [100.0]
-    monkeypatch.setattr("tidal_dist.training.monitor.time.monotonic", lambda: now[0])
-    (batch,) = next(opened(config)[1].stream).batches
-    pace = Pace(world=2)
-    for _ in range(2):
-        with pace.waiting():
-            now[0] += 1.0
-        now[0] += 3.0
-        pace.add([batch])
-        with pace.pausing():
-            now[0] += 50.0
-    figures = pace.restart()
-    assert figures["speed/seconds_per_step"] == 4.0
-    assert figures["speed/data_wait_share"] == 0.25
-    assert figures["speed/bytes_per_second"] == 2 * 2 * batch.byte_count() / 8.0
-    assert figures["speed/tokens_per_second"] == 2 * 2 * batch.token_count() / 8.0
-    now[0] += 2.0
-    pace.add([batch])
-    assert pace.restart()["speed/seconds_per_step"] == 2.0

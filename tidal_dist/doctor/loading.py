@@ -7,8 +7,8 @@ import torch
 
 from tidal_dist.doctor.report import Finding
 from tidal_dist.doctor.subject import Subject
-from tidal_dist.export.package import PROBE_TOLERANCE, TORCH_DTYPE
-from tidal_dist.provenance import probe_loss
+from tidal_dist.export.package import TORCH_DTYPE
+from tidal_dist.provenance import PROBE_TOLERANCE, probe_loss
 
 
 def settings(subject: Subject) -> Finding:

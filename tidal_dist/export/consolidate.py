@@ -11,6 +11,7 @@ from tidal_dist.config import load_config
 from tidal_dist.errors import CheckpointError
 from tidal_dist.export.package import PROBE, TOKENIZER, TRAINING, write_export
 from tidal_dist.training import checkpoint as ckpt
+from tidal_dist.training.commit import content_problem
 
 
 def find_checkpoint(path: Path, which: str) -> Path:
@@ -68,16 +69,22 @@ def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All weights in float32, put together from the ranks' partitions.
 
     Raises:
-        CheckpointError: files are missing or torn, or DeepSpeed is not installed.
+        CheckpointError: files are missing or not what was written, or DeepSpeed is not installed.
     """
+    if problem := content_problem(checkpoint, (0, 1)):
+        raise CheckpointError(f"{checkpoint}: {problem}; use another checkpoint")
+    state = ckpt.load_state(checkpoint)
+    if state.is_whole:
+        tensors = ckpt.whole_tensors(checkpoint)
+        return {name: tensors(name)[0].float().clone() for name in state.parameters}
     try:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints its progress
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-            state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     except ModuleNotFoundError as error:
         raise CheckpointError(f"{checkpoint}: reading a checkpoint needs {error.name}; install it, or export") from None
     except (OSError, ValueError, AssertionError, RuntimeError, KeyError, EOFError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint}: files are missing or torn ({reason}); use another checkpoint") from None
-    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
+    return {name: tensor.contiguous().clone() for name, tensor in weights.items()}

@@ -3,20 +3,33 @@
 import hashlib
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from data_pipeline.quarantine import QUARANTINE, QuarantineRecord
 from data_pipeline.run_order import order_hash
 from data_pipeline.segmentation import segmentation_hash
 from data_pipeline.shards import Manifest
 from tidal_dist.config import Config
-from tidal_dist.errors import CheckpointError
+from tidal_dist.errors import CheckpointError, UserError
 from tidal_dist.provenance import Provenance, probe_bytes, probe_loss
 from tidal_dist.training import checkpoint as ckpt
+from tidal_dist.training import commit
 from tidal_dist.training import engine as ds
 from tidal_dist.training.data import RunData
+from tidal_dist.training.digest import Digest
+from tidal_dist.training.resume import load_weights
+from tidal_dist.training.slices import shapes, step_count
+from tidal_dist.training.validation import generation_quality
+from tidal_dist.training.writer import Finishing, Outcome, Target, Writing, announce
+
+_Save = tuple[int, dict[str, float]]  # the step and the metrics of its validation
+_RANDOM = "dropout is seeded anew at every step from (seed, step, rank)"
 
 
 @dataclass
@@ -25,17 +38,24 @@ class RunState:
 
     Attributes:
         step: steps made. rolling_hash: of the rows consumed; right on rank 0 alone.
-        record: shards that are left out. metrics: of the last validation.
+        record: shards and rows that are left out. metrics: of the last validation.
+        guard: what the guard of the gradients knows. early_stop: `EarlyStop.state`. Both as JSON has it.
     """
 
     step: int
     rolling_hash: str
     record: QuarantineRecord
     metrics: dict[str, float] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
+    early_stop: dict[str, Any] = field(default_factory=dict)
 
 
 class Saver:
-    """Writes and reads the checkpoints of a run."""
+    """Writes and reads the checkpoints of a run. At most one is being written.
+
+    Attributes:
+        loaded: how the checkpoint was loaded that the run goes on from.
+    """
 
     def __init__(self, config: Config, manifest: Manifest, data: RunData, engine: Any, world: int):
         self._config, self._data, self._engine, self._world = config, data, engine, world
@@ -50,31 +70,126 @@ class Saver:
             ckpt.TOKENIZER: manifest.storage.read("tokenizer.json"),
             ckpt.PROBE: probe_bytes(data.probe),
         }
-        self._saved_step, self._best = 0, -math.inf
+        self._saved: _Save = (0, {})
+        self._last_error = ""
+        self._best = dict.fromkeys(_QUALITY, -math.inf)
+        self._judged: dict[str, float] | None = None  # metrics that a save has compared with the best
+        self._writing: Writing | None = None
+        self._begun: _Save | None = None  # what `_writing` saves
+        self._untold: list[Outcome] = []
         self._seconds, self._since = 0.0, time.monotonic()
+        self.loaded: dict[str, Any] = {}
 
-    def load(self, checkpoint: Path, record: QuarantineRecord) -> RunState:
-        """Load weights and optimizer on all ranks; where the run stood.
+    def stand(self, checkpoint: Path, record: QuarantineRecord) -> RunState:
+        """Where the run stood, without its weights.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another run, number of ranks, order or quarantine record.
+            CheckpointError: the checkpoint belongs to another run, order or quarantine record.
         """
-        made = ckpt.load_state(checkpoint).provenance
+        state = ckpt.load_state(checkpoint)
+        made = state.provenance
+        found = vars(made) | vars(state)
+        for name, value in (self._made_with | {"order_hash": self._order_hash(made.rows)}).items():
+            if found[name] != value:
+                raise CheckpointError(
+                    f"{checkpoint}: {name.replace('_', ' ')} {found[name]} there, {value} in this run; "
+                    "resume with what the checkpoint was trained with, or start in another run_dir"
+                )
         if record.before(made.rows) != made.quarantine:
             raise CheckpointError(
                 f"{Path(self._config.run_dir) / QUARANTINE}: not the record that {checkpoint.name} was trained with "
                 f"(left out there: {made.quarantine or 'nothing'}); restore it, or start in another run_dir"
             )
-        expected = self._made_with | {"ranks": self._world, "order_hash": self._order_hash(made.rows)}
-        state = ckpt.load_checkpoint(self._engine, checkpoint, expected)
-        self._saved_step, self._best = made.step, _quality(ckpt.best_metrics(self._folder))
+        kept = {name: state.extra.get(name, {}) for name in ("guard", "early_stop")}
+        return RunState(made.step, made.rolling_hash, record, made.metrics, **kept)
+
+    def load(self, checkpoint: Path, record: QuarantineRecord) -> RunState:
+        """Load weights and optimizer on all ranks, from whatever layout, and prove them equal; where the run stood.
+
+        Raises:
+            CheckpointError: the checkpoint does not belong to this run, or what was loaded is not what was saved.
+        """
+        self.wait()
+        stood, state = self.stand(checkpoint, record), ckpt.load_state(checkpoint)
+        layout = ds.layout(self._config, self._world)
+        self.loaded = load_weights(self._engine, checkpoint, state, self._config, layout, self._data.probe)
+        self._saved, self._judged = (stood.step, stood.metrics), stood.metrics
+        for mark, quality in _QUALITY.items():
+            self._best[mark] = quality(ckpt.best_metrics(self._folder, mark))
         self._seconds, self._since = state.train_seconds, time.monotonic()
-        return RunState(made.step, made.rolling_hash, record, made.metrics)
+        return stood
 
     def save(self, state: RunState) -> None:
-        """Write a checkpoint from all ranks, unless that of this step is there."""
-        if state.step == self._saved_step:
+        """Begin a checkpoint on all ranks, unless that of this step and its validation is there or under way.
+
+        Training waits only for the copy to host memory, and for an earlier checkpoint that is still being written;
+        whether this one succeeds, `finished` tells later.
+        """
+        if (state.step, state.metrics) in (self._saved, self._begun) or not state.step:
             return
+        self.wait()
+        began = time.monotonic()
+        target = self._target(state.step)
+        try:
+            ds.from_first_rank(lambda: _make_folder(target))
+            ds.together(lambda: announce(target.partial, dist.get_rank()))
+        except UserError as error:
+            self._last_error = str(error)
+            self._untold.append(Outcome(state.step, error=str(error)))
+            return
+        saved = self._training_state(state)
+        copied = ckpt.copy_to_host(self._engine, target.partial)
+        ds.synchronize()
+        finishing = self._finishing(state, saved, target) if dist.get_rank() == 0 else None
+        self._writing, self._begun = Writing(target, dist.get_rank(), copied, finishing), (state.step, state.metrics)
+        self._writing.start()
+        if not self._config.training.save_in_background:
+            self._writing.wait()
+        self._writing.outcome.stall_seconds = time.monotonic() - began
+
+    def save_last(self, state: RunState) -> None:
+        """Write the checkpoint that a run ends with, on all ranks, or wait for it where it is under way.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        self.save(state)
+        self.wait()
+        if state.step and self._saved[0] != state.step:
+            raise UserError(
+                f"{commit.final_folder(self._folder, state.step)}: cannot write the last checkpoint "
+                f"({self._last_error}); free space, then resume"
+            )
+
+    def finished(self) -> list[Outcome]:
+        """What has become of the saves that ended since the last call; of other ranks' parts only rank 0 knows."""
+        if self._writing and self._writing.is_done():
+            self._take(self._writing)
+        told, self._untold = self._untold, []
+        return told
+
+    def _take(self, writing: Writing) -> None:
+        if not writing.is_taken:
+            writing.is_taken = True
+            self._untold.append(writing.outcome)
+
+    def wait(self) -> None:
+        """Wait, on all ranks, until nothing is being written."""
+        if self._writing is None:
+            return
+        self._writing.wait()
+        self._take(self._writing)
+        outcome: Outcome = ds.gather_objects(self._writing.outcome)[0]
+        if outcome.is_committed and self._begun:
+            self._saved = self._begun
+        self._writing, self._begun, self._last_error = None, None, outcome.error or ""
+
+    def _target(self, step: int) -> Target:
+        final, partial = commit.final_folder(self._folder, step), commit.partial_folder(self._folder, step)
+        timeout = 60.0 * self._config.training.collective_timeout_minutes
+        return Target(partial, final, step, self._world, timeout)
+
+    def _training_state(self, state: RunState) -> ckpt.TrainingState:
         rows, training = state.step * self._config.training.batch_rows, self._config.training
         provenance = Provenance(
             run=self._config.run_dir,
@@ -82,25 +197,70 @@ class Saver:
             step=state.step,
             rows=rows,
             rolling_hash=state.rolling_hash,
-            precision="bf16" if ds.uses_bf16(training) else "fp32",
+            precision=ds.precision(training),
             probe_loss=probe_loss(self._engine, self._data.probe, ds.device()),
             metrics=state.metrics,
             quarantine=state.record.before(rows),
             **self._made_with,
         )
-        seconds = self._seconds + time.monotonic() - self._since
-        saved = ckpt.TrainingState(provenance, self._world, self._order_hash(rows), seconds)
-        is_best = _quality(state.metrics) > self._best
-        self._best = max(self._best, _quality(state.metrics))
-        ckpt.save_checkpoint(self._engine, self._folder, saved, self._products, is_best, training.keep_checkpoints)
-        self._saved_step = state.step
+        schedule: dict[str, Any] = {"kind": training.schedule, "step": state.step, "steps": training.steps}
+        schedule |= {"warmup_steps": training.warmup_steps, "decay_steps": training.decay_steps}
+        return ckpt.TrainingState(
+            provenance,
+            self._world,
+            self._order_hash(rows),
+            self._seconds + time.monotonic() - self._since,
+            layout=ds.layout(self._config, self._world),
+            optimizer_steps=step_count(self._engine),
+            schedule=schedule,
+            random={"rule": _RANDOM, "seed": training.seed},
+            extra=deepcopy({"guard": state.guard, "early_stop": state.early_stop}),
+        )
+
+    def _finishing(self, state: RunState, saved: ckpt.TrainingState, target: Target) -> Finishing:
+        """What rank 0 does at the end of a save: `state.json` with the digests, marks of the best, removing the old."""
+        is_new = state.metrics is not self._judged
+        self._judged = state.metrics
+        found = {mark: quality(state.metrics) for mark, quality in _QUALITY.items()}
+        marks = [mark for mark in found if is_new and found[mark] > self._best[mark]]
+        best = {mark: max(self._best[mark], found[mark]) for mark in marks}
+        saved = replace(saved, best={mark: value for mark, value in (self._best | best).items() if value > -math.inf})
+        shape_of, metrics = shapes(self._engine), dict(state.metrics)
+        training = self._config.training
+
+        def files(digests: dict[str, Digest]) -> dict[str, bytes]:
+            parameters = {name: {"shape": shape_of[name], "digest": list(digest)} for name, digest in digests.items()}
+            return self._products | {ckpt.STATE: replace(saved, parameters=parameters).as_json()}
+
+        def after() -> None:
+            for mark in marks:
+                commit.mark_best(self._folder, mark, target.final, metrics)
+                self._best[mark] = best[mark]
+            commit.remove_old(self._folder, target.step, training.keep_checkpoints, training.keep_every_steps)
+
+        return Finishing(files, after)
 
     def _order_hash(self, rows: int) -> str:
         return order_hash(self._data.start, self._data.stream.order, self._config.training.batch_rows, rows)
 
 
-def _quality(metrics: dict[str, float]) -> float:
-    """What the best checkpoint is chosen by: exact match, then bits per byte."""
-    if not metrics:
-        return -math.inf
-    return metrics["validation/exact_match"] - 1e-6 * metrics["validation/bits_per_byte"]
+def _make_folder(target: Target) -> None:
+    """Make the folder that a checkpoint is written to, and remove what killed processes left beside it.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    commit.clean_up(target.partial.parent)
+    try:
+        target.partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{target.partial}: cannot make this folder ({error.strerror})") from None
+
+
+def _loss(metrics: Mapping[str, float]) -> float:
+    """By the loss on held-out rows."""
+    return -metrics["validation/loss"] if "validation/loss" in metrics else -math.inf
+
+
+# What the best checkpoint is chosen by, more is better, and the file that names it.
+_QUALITY: dict[str, Callable[[Mapping[str, float]], float]] = {commit.BEST: generation_quality, commit.BEST_LOSS: _loss}

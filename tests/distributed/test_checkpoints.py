@@ -1,0 +1,133 @@
+"""Real runs that are killed while they save, find damaged checkpoints, a full disk, other ranks and other stages."""
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launching import error_lines, launch, launched, prepare_sums, scalars, started, tidal_here
+from tidal_dist.history.events import read_events
+from tidal_dist.history.log import read_log
+from tidal_dist.training.checkpoint import load_state
+from tidal_dist.training.commit import complete_checkpoints, step_of
+
+pytestmark = pytest.mark.slow
+
+# No weight moves: what is exported after the resume is what was saved before it.
+STILL = (
+    "training={learning_rate: 1.0e-30, steps: %d, batch_rows: 8, warmup_steps: 0, zero_stage: %d, log_every_steps: 1}"
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_sums(tmp_path_factory.mktemp("sums"))
+
+
+@pytest.fixture(scope="module")
+def straight(config: Path) -> Path:
+    """Six undisturbed steps on two ranks under ZeRO-3."""
+    launched(config)
+    return config.parent / "run"
+
+
+def weights(run: Path, which: str, out: Path) -> dict[str, torch.Tensor]:
+    result = tidal_here("export", run, out, "--which", which)
+    assert result.returncode == 0, result.stderr.decode()
+    return load_file(out / "model.safetensors")
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def steps(run: Path) -> list[int]:
+    return [step_of(path) for path in complete_checkpoints(run / "checkpoints")]
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    return [event for event in read_events(run) if event["event"] == kind]
+
+
+def test_a_run_goes_on_elsewhere(config: Path, straight: Path, tmp_path: Path) -> None:
+    """Two ranks under ZeRO-3, then one under ZeRO-2 with the optimizer in host memory, then two under ZeRO-1."""
+    run = tmp_path / "run"
+    shutil.copytree(straight / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000003")
+    before = weights(straight, "3", tmp_path / "before")
+    offload = "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"
+    for ranks, stage, step, others in ((1, 2, 4, [offload]), (2, 1, 5, [])):
+        launched(config, "--resume", f"run_dir={run}", STILL % (step, stage), *others, ranks=ranks)
+        resumed = events(run, "resume")[-1]
+        assert (resumed["converted"], resumed["step"], resumed["ranks"]) == (True, step - 1, ranks)
+        assert abs(resumed["probe_loss_difference"]) < 1e-5
+        assert_equal(weights(run, str(step), tmp_path / f"after-{step}"), before)
+        state = load_state(run / "checkpoints" / f"step-{step:08d}")
+        assert (state.ranks, state.optimizer_steps, state.layout["zero_optimization"]["stage"]) == (ranks, step, stage)
+    hashes = {line.step: line.rolling_hash for line in read_log(straight)}
+    assert {line.step: line.rolling_hash for line in read_log(run)} == {s: hashes[s] for s in (0, 3, 4, 5)}
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_run_killed_while_it_saves_ends_as_if_nothing_had_been(config: Path, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    folder = run / "checkpoints"
+    settings = [f"run_dir={run}", "training.save_every_steps=1", "training.keep_checkpoints=3"]
+    with started(config, *settings) as process:
+        while len(complete_checkpoints(folder)) < 2 or not list(folder.glob(".step-*.partial")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+    *older, newest = complete_checkpoints(folder)
+    path = newest / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+    output = launched(config, "--resume", *settings)
+    line = f"{newest.name} skipped: {path.name} is not what was written"
+    assert line in output
+    (skipped,) = events(run, "skip_checkpoint")
+    assert skipped["checkpoint"] == newest.name
+    (resumed,) = events(run, "resume")
+    assert (resumed["checkpoint"], resumed["converted"], resumed["probe_loss_difference"]) == (older[-1].name, False, 0)
+    assert_equal(weights(run, "last", tmp_path / "a"), weights(straight, "last", tmp_path / "b"))
+    assert [line for line in read_log(run) if line.step] == [line for line in read_log(straight) if line.step]
+    assert steps(run) == [4, 5, 6]
+    assert not list(folder.glob(".*"))
+    assert read_events(run)[-1]["event"] == "finish"
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """For processes that are started meanwhile: the disk refuses to hold more of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_refuses_costs_no_checkpoint_that_is_there(config: Path, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000003")
+    with no_file_larger_than(250_000):
+        result = launch(config, "--resume", f"run_dir={run}", "training.steps=5", "training.save_every_steps=4")
+    assert result.returncode == 2, result.stdout[-2000:]
+    (error,) = error_lines(result.stdout)
+    assert "step-00000005: cannot write the last checkpoint (File too large" in error
+    assert "step 4: saving failed, older checkpoints are as they were: File too large" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert [event["step"] for event in events(run, "save_failed")] == [4, 5]
+    assert scalars(run)["checkpoint/failed"] == {4: 1.0, 5: 1.0}
+    assert steps(run) == [3]
+    assert not list((run / "checkpoints").glob(".*"))
