@@ -11,8 +11,21 @@ class CheckpointError(UserError):
     """A checkpoint is missing, incomplete or of another run."""
 
 
+class GuardError(UserError):
+    """Training went wrong in a way that leaving rows out and going back does not mend."""
+
+
 class ExportError(UserError):
     """An exported folder is missing files, torn, or does not repeat its checkpoint's loss."""
 
 
-__all__ = ["CheckpointError", "ConfigError", "CorpusError", "ExportError", "ShardError", "TokenizerError", "UserError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CorpusError",
+    "ExportError",
+    "GuardError",
+    "ShardError",
+    "TokenizerError",
+    "UserError",
+]
