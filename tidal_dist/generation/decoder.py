@@ -37,6 +37,7 @@ class Generation:
     Attributes:
         text: the continuation. blocks: its blocks. finish: "eos" or "length".
         off_canonical_joins: borders that segmenting `text` anew would not set or would add.
+        ill_formed_blocks: blocks that would have come out ill-formed if the likeliest id were taken without a mask.
         trace: one entry a block: chars in generation order, text, tokens, positions.
     """
 
@@ -44,6 +45,7 @@ class Generation:
     blocks: list[str] = field(default_factory=list)
     finish: str = "length"
     off_canonical_joins: int = 0
+    ill_formed_blocks: int = 0
     trace: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -59,6 +61,7 @@ class _Sequence:
         self._n_blocks, self._n_tokens = 0, 1  # `<bos>` stands before the first block
         self._written = bytearray()
         self._positions: list[int] = []
+        self._is_held_back = False  # in the block at hand, from an id that is not allowed
         self._new_tokens: Slots | None = concatenate([bos_slot(), self._take(blocks)])
 
     def _take(self, blocks: Sequence[str]) -> Slots:
@@ -97,8 +100,9 @@ class _Sequence:
         """Ids that may come next."""
         return allowed(bytes(self._written), self._decoder.max_block_bytes)
 
-    def take(self, chosen: int) -> None:
+    def take(self, chosen: int, likeliest_is_allowed: bool) -> None:
         """Go on with the id that was chosen."""
+        self._is_held_back |= not likeliest_is_allowed
         if chosen < 256:
             self._written.append(chosen)
             return
@@ -109,12 +113,14 @@ class _Sequence:
         block = block_text(bytes(self._written))
         chars, self._written = bytes(self._written), bytearray()
         positions, self._positions = self._positions, []
+        was_held_back, self._is_held_back = self._is_held_back, False
         result = self.result
         if len(result.text.encode()) + len(chars) > self._limits.max_bytes:
             self.finished = True
             return
         result.text += block
         result.blocks.append(block)
+        result.ill_formed_blocks += was_held_back
         start_pos = self._n_tokens
         self._new_tokens = tokens = self._take([block])
         result.trace.append(
@@ -189,8 +195,9 @@ class Decoder:
         logits = self.model(self._on_device(tokens), self._on_device(chars), past=past)[:, -1].float().cpu()
         for s, row in zip(sequences, logits, strict=False):
             if not s.finished:
-                row = row.masked_fill(~torch.from_numpy(s.allowed()), -torch.inf)
-                s.take(choose(row, s.sampling, s.generator))
+                may_come, likeliest = torch.from_numpy(s.allowed()), int(row.argmax())
+                row = row.masked_fill(~may_come, -torch.inf)
+                s.take(choose(row, s.sampling, s.generator), bool(may_come[likeliest]))
 
     def _on_device(self, slots: Slots) -> Slots:
         return slots.map(lambda array: torch.from_numpy(array).to(self.device).long())

@@ -19,8 +19,13 @@ def as_object(prompt: str, result: Generation, with_trace: bool) -> dict[str, An
 
 def as_text(prompt: str, result: Generation, with_trace: bool) -> str:
     """The prompt with its continuation; with a trace, one line a block before it."""
-    lines = [_trace_line(entry) for entry in result.trace] if with_trace else []
+    lines = trace_lines(result) if with_trace else []
     return "\n".join([*lines, prompt + result.text])
+
+
+def trace_lines(result: Generation) -> list[str]:
+    """How each block was written: its chars, its text, its tokens, and where they stand."""
+    return [_trace_line(entry) for entry in result.trace]
 
 
 def _trace_line(entry: dict[str, Any]) -> str:

@@ -150,7 +150,9 @@ def _settings(sides: tuple[_Side, _Side]) -> dict[str, list[Any]]:
         if side.run is not None:
             found["manifest"] = side.run.manifest.hash[:12]
             names = [entry["name"] for entry in side.run.manifest.shards(SPLIT)]
-            found["left out"] = {names[q.shard]: q.from_row for q in side.run.order.quarantines}
+            order = side.run.order
+            found["left out"] = {names[q.shard]: q.from_row for q in order.quarantines}
+            found["rows left out"] = [[rows.from_row, rows.to_row] for rows in order.empty_rows]
         values.append(found)
     keys = dict.fromkeys([*values[0], *values[1]])
     pairs = {key: [v.get(key) for v in values] for key in keys}

@@ -51,7 +51,7 @@ def as_text(report: dict[str, Any]) -> str:
         place = f"epoch {row['epoch']}  {row['shard']} row {row['row']}"
         lines.append(f"row {row['g']}  lane {row['lane']}{rank}{source}  {place}")
         if row["left_out"]:
-            lines.append("  left empty: its shard could not be read")
+            lines.append(f"  left empty: {row['why_left_out']}")
         for piece in row["pieces"]:
             offset = f" from byte {piece['first_byte']:,}" if piece["first_byte"] else ""
             where = f"{piece['file']}:{piece['line']}" if piece["line"] else piece["file"]
@@ -87,8 +87,13 @@ def _rows(run: PastRun, rows: range, rank: int | None, ranks: int | None, full: 
             "shard": shards[address.shard]["name"],
             "row": address.row,
             "left_out": address.quarantined,
-            "pieces": [] if address.quarantined else _pieces(reader, address, full),
+            "why_left_out": _why_left_out(run, g) if address.quarantined else "",
+            "pieces": [] if run.order.is_unreadable(g, address.shard) else _pieces(reader, address, full),
         }
+
+
+def _why_left_out(run: PastRun, g: int) -> str:
+    return run.record.why_empty(g) or "its shard could not be read"
 
 
 def _pieces(reader: RowReader, address: RowAddress, full: bool) -> list[dict[str, Any]]:

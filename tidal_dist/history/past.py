@@ -17,11 +17,15 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True)
 class PastRun:
-    """A run's folder, its configuration, the shards that it reads, and their order. `start`: its first rolling hash."""
+    """A run's folder, its configuration, the shards that it reads, what it leaves out of them, and their order.
+
+    `start`: its first rolling hash.
+    """
 
     folder: Path
     config: Config
     manifest: Manifest
+    record: QuarantineRecord
     order: Order
     start: str
 
@@ -54,7 +58,7 @@ def open_run(folder: Path, shards: Path | None = None) -> PastRun:
     record = QuarantineRecord.load(folder, manifest.hash)
     order = run_order(manifest, shard_rows, data, config.training.batch_rows, record)
     order.check()
-    return PastRun(folder, config, manifest, order, start)
+    return PastRun(folder, config, manifest, record, order, start)
 
 
 def run_config(folder: Path) -> Config:

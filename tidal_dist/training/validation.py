@@ -1,8 +1,10 @@
 """Validation: loss and bits per byte on held-out rows, and generation by the decoder that users get."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -15,33 +17,41 @@ from data_pipeline.shards import Manifest
 from data_pipeline.stream import Batch, batch_of_rows
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.config import ValidationConfig
-from tidal_dist.generation.decoder import Decoder, Limits
+from tidal_dist.generation.decoder import Decoder, Generation, Limits
+from tidal_dist.generation.report import trace_lines
 from tidal_dist.model.maps import char_scores, recorded_maps
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.plots.attention import attention_figure
 from tidal_dist.plots.canvas import to_png
 from tidal_dist.plots.layout import layout_figure
 from tidal_dist.plots.loss import loss_figure
-from tidal_dist.training.engine import all_sum, any_rank, device, gather_objects
+from tidal_dist.training.engine import all_sum, device, gather_objects
 from tidal_dist.training.loss import bits_per_byte
 
 _PICTURED_BLOCKS = 48
 
 
+Kind = Literal["answer", "next_block", "continuation"]
+_SHOWN = {"answer": 8, "next_block": 4, "continuation": 8}  # examples of each kind
+_SHOWN_CONTEXT = 160  # characters of a context that are shown
+
+
 @dataclass(frozen=True)
 class Task:
-    """A held-out document to continue: `prompt` blocks, and the `reference` that should follow.
+    """A held-out document to continue: `prompt` blocks, and the `reference` that follows there.
 
-    `blocks`: how many blocks to generate; none: up to `<eos>`, which must come.
+    An answer must be written whole, up to `<eos>`; the next block of a text is one block; a continuation is judged by
+    its form alone.
     """
 
+    kind: Kind
     prompt: list[str]
     reference: str
-    blocks: int | None
+    limits: Limits
 
 
 def generation_tasks(manifest: Manifest, config: ValidationConfig) -> list[Task]:
-    """The first held-out documents: answers to prompts; for text without a prompt, the block after its first half."""
+    """Of the first held-out documents: answers to prompts; of text without a prompt what follows its first half."""
 
     pieces = (
         reader.document(i)[0]
@@ -49,22 +59,43 @@ def generation_tasks(manifest: Manifest, config: ValidationConfig) -> list[Task]
         for reader in [ShardReader(manifest.storage, entry)]
         for i in range(entry["documents"])
     )
-    return [_task(piece, config.prompt_blocks) for piece in islice(pieces, config.prompts)]
+    shown = list(islice(pieces, config.prompts))
+    texts = [piece for piece in shown if not piece.supervised_from]
+    continuations = [_continuation(piece, config) for piece in texts[: config.continuations]]
+    return [_judged_task(piece, config) for piece in shown] + continuations
 
 
-def _task(piece: Piece, prompt_blocks: int) -> Task:
+def _judged_task(piece: Piece, config: ValidationConfig) -> Task:
     blocks, n = blocks_of_piece(piece), piece.supervised_from
     if n:
-        return Task(blocks[:n], "".join(blocks[n:]), None)
-    n = min(len(blocks) // 2, prompt_blocks)
-    return Task(blocks[:n], blocks[n], 1)
+        return Task("answer", blocks[:n], "".join(blocks[n:]), Limits(config.max_bytes))
+    context, following = _halves(blocks, config)
+    return Task("next_block", context, following[0], Limits(config.max_bytes, 1))
+
+
+def _continuation(piece: Piece, config: ValidationConfig) -> Task:
+    context, following = _halves(blocks_of_piece(piece), config)
+    reference = "".join(following).encode()[: config.continuation_bytes].decode(errors="ignore")
+    return Task("continuation", context, reference, Limits(config.continuation_bytes))
+
+
+def _halves(blocks: list[str], config: ValidationConfig) -> tuple[list[str], list[str]]:
+    n = min(len(blocks) // 2, config.prompt_blocks)
+    return blocks[:n], blocks[n:]
 
 
 @torch.no_grad()
-def validation_loss(model: Callable[..., torch.Tensor], batches: list[Batch]) -> tuple[float, float]:
-    """Nats per label and bits per byte over all ranks' batches; every rank has equally many."""
+def validation_loss(
+    model: Callable[..., torch.Tensor], batches: list[Batch], any_rank: Callable[[bool], bool]
+) -> tuple[float, float]:
+    """Nats per label and bits per byte over all ranks' batches; every rank has equally many.
+
+    Raises:
+        what `any_rank` raises, which all ranks call before each batch.
+    """
     nats = labels = chars = 0.0
     for batch in batches:
+        any_rank(False)
         nats += float(model(*_on_device(batch)))
         labels += batch.label_count()
         chars += batch.byte_count()
@@ -107,37 +138,105 @@ def validation_pictures(
 
 
 @dataclass(frozen=True)
-class GenerationQuality:
-    """Validation generation over all ranks: shares of 1, and a few examples as markdown."""
+class Outcome:
+    """What became of a task.
 
-    exact_match: float
-    off_canonical_joins_per_block: float
-    examples: str
+    Attributes:
+        right: the text is the reference, and an answer ended there. blocks: written, and how many of them would have
+            come out ill-formed without a mask. joins: borders between them that cutting the text anew would not set.
+        example: the task and its text, for people; none where it is not shown.
+    """
+
+    kind: Kind
+    right: bool
+    blocks: int
+    ill_formed_blocks: int
+    joins: int
+    example: dict[str, Any] | None = None
 
 
 def validation_generation(
-    model: TidalTransformer, tokenizer: MixedTokenizer, tasks: list[Task], share: tuple[int, int], max_bytes: int
-) -> GenerationQuality:
-    """Continue the tasks greedily, dealt to the ranks. share: (rank, world)."""
+    model: TidalTransformer,
+    tokenizer: MixedTokenizer,
+    tasks: list[Task],
+    share: tuple[int, int],
+    any_rank: Callable[[bool], bool],
+) -> list[Outcome]:
+    """Continue the tasks greedily, dealt to the ranks; the outcomes of all, on every rank.
+
+    Every rank makes as many passes as the one with the longest work, with or without work of its own.
+
+    Args:
+        share: (rank, world).
+
+    Raises:
+        what `any_rank` raises, which all ranks call before each pass.
+    """
     rank, world = share
-    mine = tasks[rank::world]
     decoder = Decoder(model, tokenizer, device())
-    right = joins = blocks = 0
-    examples: list[str] = []
-    for n_blocks in sorted({t.blocks for t in tasks}, key=str):
-        group = [t for t in mine if t.blocks == n_blocks]
-        results = decoder.generate(
-            [t.prompt for t in group], limits=Limits(max_bytes, n_blocks), any_unfinished=any_rank
-        )
-        for task, result in zip(group, results, strict=True):
-            ended = task.blocks is not None or result.finish == "eos"
-            right += ended and result.text == task.reference
-            joins += result.off_canonical_joins
-            blocks += len(result.blocks)
-            examples.append(f"`{''.join(task.prompt)[-60:]!r}` -> `{result.text!r}` (reference `{task.reference!r}`)")
-    gathered = gather_objects(examples[:8])
-    return GenerationQuality(
-        exact_match=all_sum(right) / max(len(tasks), 1),
-        off_canonical_joins_per_block=all_sum(joins) / max(all_sum(blocks), 1),
-        examples="\n\n".join(e for part in gathered for e in part),
+    outcomes: list[Outcome] = []
+    for kind in get_args(Kind):
+        group = [task for task in tasks if task.kind == kind]
+        if not group:  # on no rank
+            continue
+        mine = range(rank, len(group), world)
+        prompts, limits = [group[i].prompt for i in mine], group[0].limits
+        results = decoder.generate(prompts, limits=limits, any_unfinished=any_rank)
+        for i, result in zip(mine, results, strict=True):
+            outcomes.append(_outcome(group[i], result, is_shown=i < _SHOWN[kind]))
+    return [outcome for of_rank in gather_objects(outcomes) for outcome in of_rank]
+
+
+def _outcome(task: Task, result: Generation, is_shown: bool) -> Outcome:
+    ended = task.kind != "answer" or result.finish == "eos"
+    right = ended and result.text == task.reference
+    example = {
+        "kind": task.kind,
+        "prompt": "".join(task.prompt)[-_SHOWN_CONTEXT:],
+        "text": result.text,
+        "reference": task.reference,
+        "right": None if task.kind == "continuation" else right,
+        "finish": result.finish,
+        "trace": trace_lines(result),
+    }
+    blocks = len(result.blocks)
+    return Outcome(
+        task.kind, right, blocks, result.ill_formed_blocks, result.off_canonical_joins, example if is_shown else None
     )
+
+
+def generation_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Shares of 1, each only where there is something that it is a share of.
+
+    Exact match is of prompts with an answer; the match of the next block, of texts; ill-formed blocks and off-canonical
+    joins per block, of what is written freely: answers and continuations.
+    """
+    metrics = {}
+    for kind, name in (("answer", "exact_match"), ("next_block", "next_block_match")):
+        if judged := [o.right for o in outcomes if o.kind == kind]:
+            metrics[f"validation/{name}"] = sum(judged) / len(judged)
+    free = [o for o in outcomes if o.kind != "next_block"]
+    if free:
+        blocks = max(sum(o.blocks for o in free), 1)
+        metrics["validation/ill_formed_blocks"] = sum(o.ill_formed_blocks for o in free) / blocks
+        metrics["validation/off_canonical_joins_per_block"] = sum(o.joins for o in free) / blocks
+    return metrics
+
+
+def generation_quality(metrics: Mapping[str, float]) -> float:
+    """What the best checkpoint is chosen by: exact match or else the match of the next block, then bits per byte."""
+    if not metrics:
+        return -math.inf
+    match = metrics.get("validation/exact_match", metrics.get("validation/next_block_match", 0.0))
+    return match - 1e-6 * metrics["validation/bits_per_byte"]
+
+
+def as_markdown(examples: Sequence[Mapping[str, Any]]) -> str:
+    """Examples for TensorBoard, each with its trace."""
+    return "\n\n".join(_example_as_markdown(example) for example in examples)
+
+
+def _example_as_markdown(example: Mapping[str, Any]) -> str:
+    verdict = {True: "right", False: "wrong", None: "continuation"}[example["right"]]
+    lines = [f"{example['prompt']!r}", f"-> {example['text']!r}", f"   {example['reference']!r} is there", ""]
+    return "\n".join([f"**{verdict}**", "", *(f"    {line}" for line in [*lines, *example["trace"]])])

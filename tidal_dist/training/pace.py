@@ -1,0 +1,103 @@
+"""How fast training is and where the time goes: figures by TensorBoard's names."""
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.stream import Batch
+from tidal_dist.config import Config
+from tidal_dist.flops import row_flops
+from tidal_dist.training.phases import Phase, Phases
+
+# What a step consists of; what is between them counts as "other".
+_OF_A_STEP: tuple[Phase, ...] = ("data", "agree", "forward", "backward", "optimizer")
+_BETWEEN_STEPS: tuple[Phase, ...] = ("validation", "checkpoint")
+_GIB = 2**30
+_MEASURED_WIDTH = 1024
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step costs. `flops_per_step`: of the model, on each rank. `peak_tflops`: of a rank's device, if known."""
+
+    flops_per_step: float
+    peak_tflops: float | None
+
+    @classmethod
+    def of(cls, config: Config, world: int, peak_tflops: float | None) -> "Work":
+        """The work of a configuration; its own `monitor.peak_tflops` goes first."""
+        data = config.data
+        row = row_flops(config.model, data.row_tokens, data.row_chars, config.segmentation.max_block_bytes)
+        rows = config.training.batch_rows / world
+        return cls(row.training * rows, config.monitor.peak_tflops or peak_tflops)
+
+    def figures(self, seconds_per_step: float) -> dict[str, float]:
+        """TFLOP/s that this rank achieves, and their share of the peak."""
+        achieved = self.flops_per_step / seconds_per_step / 1e12
+        figures = {"speed/tflops_per_rank": achieved}
+        return figures | ({"speed/utilisation": achieved / self.peak_tflops} if self.peak_tflops else {})
+
+
+class Pace:
+    """The speed of training since the last `take`, over all ranks as far as one can tell from this one."""
+
+    def __init__(self, world: int, phases: Phases, work: Work):
+        self._world, self._phases, self._work = world, phases, work
+        self._steps = self._bytes = self._tokens = 0
+        phases.take()  # the time before the first step
+
+    def add(self, batches: Sequence[Batch]) -> None:
+        """Count a step."""
+        self._steps += 1
+        self._bytes += sum(b.byte_count() for b in batches) * self._world
+        self._tokens += sum(b.token_count() for b in batches) * self._world
+
+    def take(self) -> dict[str, float]:
+        """The figures so far, after one step at least; count anew.
+
+        `time/` is seconds per step, `time_share/` their share of all that passed; validation and checkpoints, which are
+        no training, are in these two alone.
+        """
+        spent = self._phases.take()
+        steps = {phase: spent.pop(phase, 0.0) for phase in _OF_A_STEP}
+        pauses = {phase: spent.pop(phase, 0.0) for phase in _BETWEEN_STEPS}
+        steps |= {"other": sum(spent.values())}  # type: ignore[dict-item]
+        elapsed = max(sum(steps.values()), 1e-9)
+        everything = elapsed + sum(pauses.values())
+        figures = {
+            "speed/tokens_per_second": self._tokens / elapsed,
+            "speed/bytes_per_second": self._bytes / elapsed,
+            "speed/seconds_per_step": elapsed / max(self._steps, 1),
+            "speed/data_wait_share": steps["data"] / elapsed,
+        }
+        figures |= self._work.figures(elapsed / max(self._steps, 1))
+        for phase, seconds in (steps | pauses).items():
+            figures[f"time/{phase}"] = seconds / max(self._steps, 1)
+            figures[f"time_share/{phase}"] = seconds / everything
+        self._steps = self._bytes = self._tokens = 0
+        return figures
+
+
+def host_memory() -> dict[str, float]:
+    """Resident memory of this process, where the system tells."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return {"memory/host_resident_gib": pages * os.sysconf("SC_PAGE_SIZE") / _GIB}
+
+
+def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """What a large matrix product achieves on a device whose peak nobody has written down."""
+    a = torch.ones(_MEASURED_WIDTH, _MEASURED_WIDTH, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # which waits for the product
+        best = min(best, time.perf_counter() - started)
+    return 2 * _MEASURED_WIDTH**3 / best / 1e12
