@@ -20,6 +20,7 @@ from tidal_dist.export.consolidate import export
 from tidal_dist.export.package import load_export
 from tidal_dist.generation.decoder import Decoder, Limits
 from tidal_dist.generation.sampling import GREEDY
+from tidal_dist.launching import local_ranks, training_command
 
 _PROBLEMS = 1000
 _EXAMPLES = ["12 + 34 =", "999 + 1 =", "5000 - 4999 =", "17 - 4242 =", "-31 + 64 =", "9876 + 5432 ="]
@@ -73,8 +74,7 @@ def run(config: Config, config_file: str, overrides: list[str], ranks: int, prob
     write_corpus(Path(config.corpus.sources[0].path), problems, seed=1)
     _call([bin_folder / "tidal", "prepare", config_file, *overrides, "--overwrite"])
     training_started = time.monotonic()
-    launcher: list[str | Path] = [bin_folder / "deepspeed", "--num_gpus", str(ranks), "launch/train.py"]
-    _call([*launcher, "--config", config_file, *overrides])
+    _call(training_command(config_file, overrides, local_ranks(ranks)))
     train_seconds = time.monotonic() - training_started
     _say(f"trained in {train_seconds:.0f} s; exporting")
     exported = export(folder, folder / "export")

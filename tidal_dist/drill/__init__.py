@@ -1,0 +1,1 @@
+"""`tidal drill`: the rehearsal of a job, with what it will be killed by."""
