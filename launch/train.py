@@ -4,8 +4,10 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 from data_pipeline.errors import UserError
+from tidal_dist.training.interrupts import Interrupts, LostRanks
 
 _LET_RANK_0_SPEAK_SECONDS = 4.0
 
@@ -21,22 +23,38 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Train; 0, or 2 for an error the user can mend."""
+    """Train; 0 also after a stop on request, 1 if ranks were lost, 2 for an error the user can mend."""
     arguments = parser().parse_args()
+    interrupts = Interrupts()
+    interrupts.listen()
     try:
         from tidal_dist.config import load_config
 
         config = load_config(arguments.config, arguments.overrides)
-        from tidal_dist.training.loop import train
+        from tidal_dist.training.start import train
 
-        train(config, arguments.resume)
-    except UserError as error:
+        train(config, arguments.resume, interrupts)
+        if os.environ.get("RANK", "0") == "0":
+            _report_if_finished(Path(config.run_dir))
+    except (UserError, LostRanks) as error:
         if os.environ.get("RANK", "0") != "0":
             # Most mistakes meet every rank alike: rank 0 names them and the launcher ends the others meanwhile.
             time.sleep(_LET_RANK_0_SPEAK_SECONDS)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     return 0
+
+
+def _report_if_finished(run: Path) -> None:
+    from tidal_dist.history.events import read_events
+    from tidal_dist.run_report.page import write_report
+
+    if [event["event"] for event in read_events(run)][-1:] != ["finish"]:
+        return
+    try:
+        write_report(run, run / "report.html")
+    except Exception as error:  # of whatever kind: a run of weeks must not fail because of a page
+        print(f"no report: {error!r}; try `tidal report {run}`", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
-from tidal_dist.commands import data, model
+from tidal_dist.commands import data, model, run
 from tidal_dist.commands.output import check_range, log, print_report
 
 if TYPE_CHECKING:
@@ -70,6 +70,10 @@ def parser() -> argparse.ArgumentParser:
 
     data.add_shards(add("shards", data.shards, "Check a shard folder, or show what it holds."))
 
+    rehearsal = add("drill", run.drill, "Rehearse a job: a few steps, killed, resumed, exported; 1 for no-go.")
+    add_config(rehearsal)
+    run.add_drill(rehearsal)
+
     export = add("export", model.export, "Turn a training checkpoint into one folder of safetensors.")
     export.add_argument("source", type=Path, help="a run folder or a checkpoint")
     export.add_argument("out", type=Path, help="the folder to write")
@@ -88,6 +92,10 @@ def parser() -> argparse.ArgumentParser:
 
     audit = add("audit", data.audit, "Compare the rows that two runs saw; 1 if they differ.")
     audit.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="run folder")
+
+    run.add_diagnose(add("diagnose", run.diagnose, "Say how a run is: who hangs, has ended, is slow; 1 if any."))
+    run.add_report(add("report", run.report, "Write a page about a run: curves, data, restarts, what it writes."))
+    run.add_plan(add("plan", run.plan, "Reckon what a run needs and costs on a cluster, before renting one."))
 
     bench = add("bench", _bench, "Measure against a named baseline in the same run.")
     bench.add_argument(

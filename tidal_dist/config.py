@@ -4,10 +4,10 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from data_pipeline.corpus import CorpusConfig
 from data_pipeline.preparing.executors import PrepareConfig
@@ -16,94 +16,7 @@ from data_pipeline.segmentation import SegmentationConfig
 from data_pipeline.shards import DataConfig
 from data_pipeline.tokenizer import TokenizerConfig
 from tidal_dist.errors import ConfigError
-
-
-class ModelConfig(Section):
-    """The shape of the model and the semantics of its positions, places and attention."""
-
-    n_layers: int = Field(ge=1)
-    char_layers: int | None = Field(None, ge=1, description="top layers that chars pass; none: all of them")
-    handoff: bool | None = Field(
-        None,
-        description="chars get the state of their last context token; none: if char_layers < n_layers",
-    )
-    width: int = Field(ge=2)
-    n_heads: int = Field(ge=1)
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
-    mlp_width: int | None = Field(None, ge=1, description="hidden width; none: 4 x width, for swiglu 8/3 x width")
-    encoding: Literal["rope", "alibi", "none"] = "rope"
-    rope_base: float = Field(10_000.0, gt=1.0)
-    char_positions: Literal["mirrored", "forward"] = "mirrored"
-    token_attention: Literal["block", "causal"] = "block"
-    places: bool = True
-    place_shift: int = Field(0, ge=0, description="training adds a random 0..place_shift to a document's places")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ModelConfig":
-        if self.width % self.n_heads:
-            raise ValueError(f"width {self.width} is not a multiple of n_heads {self.n_heads}")
-        if self.encoding == "rope" and self.width // self.n_heads % 2:
-            raise ValueError(f"rope needs an even head width, not {self.width // self.n_heads}")
-        if self.char_depth > self.n_layers:
-            raise ValueError(f"char_layers {self.char_layers} is more than n_layers {self.n_layers}")
-        return self
-
-    @property
-    def char_depth(self) -> int:
-        """Number of top layers that chars pass."""
-        return self.n_layers if self.char_layers is None else self.char_layers
-
-    @property
-    def has_handoff(self) -> bool:
-        """Whether chars get the state of their last context token."""
-        return self.char_depth < self.n_layers if self.handoff is None else self.handoff
-
-    @property
-    def hidden_width(self) -> int:
-        """Hidden width of the feed-forward layers; for swiglu rounded up to a multiple of 8."""
-        if self.mlp_width is not None:
-            return self.mlp_width
-        return 4 * self.width if self.mlp == "gelu" else -(-(8 * self.width // 3) // 8) * 8
-
-
-class TrainingConfig(Section):
-    """Optimisation and checkpoints."""
-
-    steps: int = Field(ge=1)
-    batch_rows: int = Field(ge=1, description="rows of one step over all ranks")
-    accumulation_steps: int = Field(1, ge=1, description="micro-batches of a step on each rank")
-    learning_rate: float = Field(gt=0.0)
-    final_learning_rate: float = Field(0.0, ge=0.0, description="at the last step")
-    warmup_steps: int = Field(100, ge=0)
-    schedule: Literal["cosine", "linear"] = Field("cosine", description="shape of the decay after the warm-up")
-    decay_steps: int | None = Field(
-        None, ge=1, description="length of the decay at the end; none: all after the warm-up"
-    )
-    beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    beta2: float = Field(0.95, ge=0.0, lt=1.0)
-    weight_decay: float = Field(0.1, ge=0.0, description="on matrices only, embeddings excluded")
-    max_gradient_norm: float = Field(1.0, gt=0.0)
-    zero_stage: Literal[1, 2, 3] = 3
-    activation_checkpointing: bool = True
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
-    threads_per_rank: int | None = Field(
-        None, ge=1, description="CPU threads; none: the cores divided by the local ranks"
-    )
-    seed: int = Field(1, ge=0, description="seed of the initial weights and of dropout")
-    log_every_steps: int = Field(10, ge=1)
-    save_every_steps: int = Field(500, ge=1)
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
-
-
-class ValidationConfig(Section):
-    """What is measured on the held-out split, and when."""
-
-    every_steps: int = Field(500, ge=1)
-    rows: int = Field(64, ge=1, description="rows of the validation loss, at most")
-    prompts: int = Field(64, ge=1, description="documents of the validation generation, at most")
-    prompt_blocks: int = Field(64, ge=1, description="context of a document without a prompt, in blocks, at most")
-    max_bytes: int = Field(64, ge=1, description="longest generated answer, in bytes")
+from tidal_dist.settings import GuardConfig, ModelConfig, MonitorConfig, TrainingConfig, ValidationConfig
 
 
 class Config(Section):
@@ -117,7 +30,9 @@ class Config(Section):
     prepare: PrepareConfig = PrepareConfig()
     model: ModelConfig
     training: TrainingConfig
+    guard: GuardConfig = GuardConfig()
     validation: ValidationConfig = ValidationConfig()
+    monitor: MonitorConfig = MonitorConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed through to DeepSpeed's own config")
 
     def to_yaml(self) -> str:
@@ -221,3 +136,15 @@ def _section_types(annotation: Any) -> list[type[BaseModel]]:
     if get_origin(annotation) is None:
         return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
     return [section for inner in get_args(annotation) for section in _section_types(inner)]
+
+
+__all__ = [
+    "Config",
+    "GuardConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "TrainingConfig",
+    "ValidationConfig",
+    "load_config",
+    "parse_config",
+]

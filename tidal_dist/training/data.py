@@ -23,13 +23,14 @@ class RunData:
     """What one rank of a run reads.
 
     Attributes:
-        stream: the training rows, from the first on. start: the rolling hash before them.
+        stream: the training rows, from the first on. reader: reads any of them. start: the rolling hash before them.
         validation: this rank's held-out batches. pictured: a held-out document to draw, if there is one.
         probe: a batch whose loss is stored with the weights. tasks: held-out documents to continue.
         shard_names: of the training split, in order.
     """
 
     stream: Stream
+    reader: RowReader
     start: str
     validation: list[Batch]
     pictured: LaidOut | None
@@ -38,8 +39,8 @@ class RunData:
     shard_names: list[str]
 
     def leave_out(self, record: QuarantineRecord) -> None:
-        """Read on without the recorded shards."""
-        self.stream.leave_out(record.in_order(self.shard_names))
+        """Read on without the recorded shards and rows."""
+        self.stream.leave_out(record.in_order(self.shard_names), record.empty_rows())
 
 
 def open_data(
@@ -67,6 +68,7 @@ def open_data(
     probe_source = held_out if sum(held_out.shard_rows) else reader
     return RunData(
         stream=stream,
+        reader=reader,
         start=start_hash(manifest, reader.shard_rows, data),
         validation=batches,
         pictured=pictured_document(held_out, tokenizer, config.model.char_positions) if batches else None,

@@ -1,31 +1,37 @@
 """The training loop, from top to bottom."""
 
 import math
-from contextlib import closing
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from data_pipeline.files import replace_file
 from data_pipeline.ledger import Ledger
 from data_pipeline.ordering import advance
-from data_pipeline.quarantine import QUARANTINE, QuarantineRecord
-from data_pipeline.rows import has_row_plan, row_format_of, write_row_plan
-from data_pipeline.segmentation import segmentation_hash
-from data_pipeline.shards import Manifest
+from data_pipeline.quarantine import QUARANTINE
 from data_pipeline.stream import Step, Stream
-from data_pipeline.tokenizer import MixedTokenizer
-from tidal_dist.config import Config, TrainingConfig
-from tidal_dist.errors import CheckpointError, ConfigError, UserError
+from tidal_dist.config import TrainingConfig
+from tidal_dist.errors import UserError
+from tidal_dist.flops import peak_tflops
 from tidal_dist.history.log import Line, RollingLog
-from tidal_dist.model.transformer import TidalTransformer
-from tidal_dist.training import checkpoint as ckpt
 from tidal_dist.training import engine as ds
-from tidal_dist.training.data import RunData, data_scalars, open_data, record_of_bad_shards
-from tidal_dist.training.monitor import Monitor, Pace
-from tidal_dist.training.state import RunState, Saver
-from tidal_dist.training.validation import validation_generation, validation_loss, validation_pictures
+from tidal_dist.training.bad_steps import go_back, leave_out_step, must_go_back
+from tidal_dist.training.data import data_scalars, record_of_bad_shards
+from tidal_dist.training.early_stop import EarlyStop
+from tidal_dist.training.gradients import global_gradient_norm, gradient_norms, owned_gradients
+from tidal_dist.training.guard import Guard
+from tidal_dist.training.layers import norms_by_layer, owned_weights, samples
+from tidal_dist.training.monitor import RESULTS, flat_settings
+from tidal_dist.training.pace import Pace, Work, host_memory, measured_tflops
+from tidal_dist.training.run import Run
+from tidal_dist.training.state import RunState
+from tidal_dist.training.stopping import next_step, owes_validation
+from tidal_dist.training.telling import tell_saves
+from tidal_dist.training.validation import (
+    as_markdown,
+    generation_metrics,
+    validation_generation,
+    validation_loss,
+    validation_pictures,
+)
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
@@ -37,198 +43,165 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return warm * (config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * kept)
 
 
-def train(config: Config, resume: bool = False) -> None:
-    """Train as configured, on all ranks of the launcher.
+def run_steps(run: Run, state: RunState) -> RunState | str:
+    """Train to the end: why it ended. Or up to where the run goes back: where it goes on from.
 
     Raises:
-        UserError: configuration, shards or checkpoint do not fit.
+        Stopped: the run is asked to stop. UserError: it cannot go on.
     """
-    manifest = Manifest.of(config.data)
-    tokenizer = manifest.tokenizer()
-    _check_segmentation(config, manifest)
-    with ds.process_group(config.training) as (rank, world):
-        _train(config, resume, manifest, tokenizer, rank, world)
-
-
-def _train(config: Config, resume: bool, manifest: Manifest, tokenizer: MixedTokenizer, rank: int, world: int) -> None:
-    training, run = config.training, Path(config.run_dir)
-    newest = ds.from_first_rank(lambda: _starting_point(config, resume, manifest))
-    record = ds.from_first_rank(lambda: QuarantineRecord.load(run, manifest.hash))
-    data = ds.together(lambda: open_data(config, manifest, tokenizer, record, (rank, world), ds.uses_pinned_memory()))
-
-    def build_model() -> TidalTransformer:
-        checkpointing = ds.activation_checkpoint(training)
-        return TidalTransformer(
-            config.model, tokenizer.vocab_size, tokenizer.segmentation.max_block_bytes, checkpointing
-        )
-
-    engine = ds.build_engine(config, world, build_model)
-    saver = Saver(config, manifest, data, engine, world)
-    state = saver.load(newest, record) if newest else RunState(0, data.start, record)
-    _seek(data.stream, state, training.batch_rows)
-    if rank == 0:
-        replace_file(run / "config.yaml", config.to_yaml().encode())
-    with closing(Monitor(run / "tensorboard", rank, state.step, training.steps)) as monitor:
-        parameters = f"{_parameters(engine.module):,} parameters"
-        monitor.line(f"{world} ranks, {parameters}, from step {state.step} of {training.steps}")
-        _loop(config, data, tokenizer, engine, state, saver, monitor, rank, world)
-
-
-def _loop(
-    config: Config,
-    data: RunData,
-    tokenizer: MixedTokenizer,
-    engine: Any,
-    state: RunState,
-    saver: Saver,
-    monitor: Monitor,
-    rank: int,
-    world: int,
-) -> None:
-    training, run, rows_per_step = config.training, Path(config.run_dir), config.training.batch_rows
-    ledger, pace = Ledger(data.stream.order), Pace(world)
-    if rank == 0:
-        here = Line(state.step, state.step * rows_per_step, state.rolling_hash)
-        log = RollingLog(run, Line(0, 0, data.start), here)
+    config, training, data, monitor, watch = run.config, run.config.training, run.data, run.monitor, run.watch
+    phases = watch.phases
+    ledger, guard = Ledger(data.stream.order), Guard(config.guard, state.guard)
+    early_stop = EarlyStop.resumed(config.validation, state.early_stop)
+    if not state.step:
+        monitor.settings(flat_settings(config), RESULTS)
+    pace = Pace(run.world, phases, _work(run))
+    if run.rank == 0:
+        here = Line(state.step, state.step * run.rows_per_step, state.rolling_hash)
+        log = RollingLog(run.folder, Line(0, 0, data.start), here)
         if state.step:
             monitor.line(f"data so far: {'; '.join(use.as_text() for use in ledger.at(here.rows))}")
-    engine.train()
+    run.engine.train()
+    watch.heartbeat.step(state.step)
+    if owes_validation(run, state):
+        with phases("validation"):
+            _validate(run, state, early_stop)
+        run.saver.save(state)
     while state.step < training.steps:
-        with pace.waiting():
-            taken = _next(data.stream)
-        if ds.any_rank(isinstance(taken, UserError)):
-            _leave_out_bad_shards(config, data, taken, state, saver, monitor)
+        is_last = state.step + 1 == training.steps
+        is_logged = is_last or (state.step + 1) % training.log_every_steps == 0
+        is_validated = is_last or (state.step + 1) % config.validation.every_steps == 0
+        is_saved = is_validated or (state.step + 1) % training.save_every_steps == 0
+        phases.measured = is_logged
+
+        with phases("data"):
+            taken = next_step(data.stream, watch.interrupts)
+        with phases("agree"):
+            agreed = watch.meeting.agree(bad_shard=isinstance(taken, UserError))
+        if agreed["bad_shard"]:
+            _leave_out_bad_shards(run, taken, state)
             ledger = Ledger(data.stream.order)
             continue
         assert isinstance(taken, Step)
         # Dropout depends on seed, step and rank alone, so a resumed run draws the same.
-        torch.manual_seed(hash((training.seed, state.step, rank)) & 0x7FFFFFFF)
+        torch.manual_seed(hash((training.seed, state.step, run.rank)) & 0x7FFFFFFF)
         rate = learning_rate(training, state.step)
-        loss, labels, gradient_norm = ds.train_step(engine, taken.batches, rate)
-        state.rolling_hash = advance(state.rolling_hash, taken.identity_sum)
+        loss, labels = ds.pass_batches(run.engine, taken.batches, phases)
+        with phases("agree"):
+            gradient_norm = global_gradient_norm(run.engine) if labels else 0.0
+            norms = norms_by_layer(gradient_norms(run.engine)) if labels and is_logged else {}
+        gradients = samples(owned_gradients(run.engine)) if labels and is_validated and run.rank == 0 else {}
+        bad = guard.judge(loss, gradient_norm)
+        if bad:
+            ds.discard_step(run.engine)
+            leave_out_step(run, state, taken.batches, bad)
+            ledger = Ledger(data.stream.order)
+        else:
+            state.rolling_hash = advance(state.rolling_hash, taken.identity_sum)
+        is_made = labels > 0 and not bad
+        if is_made:
+            ds.apply_step(run.engine, rate, phases)
+            guard.accept(gradient_norm)
         state.step += 1
+        watch.heartbeat.step(state.step)
         pace.add(taken.batches)
+        tell_saves(run)
+        if not watch.startup.is_over:
+            monitor.line(watch.startup.first_step())
+        if not is_made and must_go_back(run, state):
+            return go_back(run, state)
 
-        is_last = state.step == training.steps
-        rows = state.step * rows_per_step
-        if rank == 0 and (state.step % training.log_every_steps == 0 or is_last):
+        rows = state.step * run.rows_per_step
+        if run.rank == 0 and is_logged:
             log.add(Line(state.step, rows, state.rolling_hash))
-            speed = pace.restart()
+            speed = pace.take()
             monitor.scalars(
                 state.step,
-                {
-                    "train/loss": loss,
+                ({"train/loss": loss, "train/gradient_norm": gradient_norm} if is_made else {})
+                | {
                     "train/learning_rate": rate,
-                    "train/gradient_norm": gradient_norm,
-                    "train/labels_per_step": labels,
+                    "train/labels_per_step": labels if is_made else 0,
                     "data/rows": rows,
                 }
                 | data_scalars(ledger.at(rows), len(state.record.shards))
-                | speed,
+                | guard.scalars()
+                | {f"gradient_norm/{layer}": norm for layer, norm in norms.items()}
+                | (speed | host_memory() | ds.peak_memory()),
             )
-            seconds = speed["speed/seconds_per_step"]
-            monitor.progress(state.step, {"loss": f"{loss:.4f}", "s/step": f"{seconds:.3f}"})
-        if state.step % config.validation.every_steps == 0 or is_last:
-            with pace.pausing():
-                state.metrics = _validate(engine, tokenizer, data, config, (rank, world), monitor, state.step)
-        if state.step % training.save_every_steps == 0 or state.step % config.validation.every_steps == 0 or is_last:
-            with pace.pausing():
-                saver.save(state)
+            figures = {"loss": f"{loss:.4f}"} if is_made else {"not": "made"}
+            monitor.progress(state.step, figures | {"s/step": f"{speed['speed/seconds_per_step']:.3f}"})
+        if is_validated:
+            with phases("validation"):
+                _validate(run, state, early_stop)
+                monitor.histograms(state.step, "gradients", gradients)
+        if is_saved:
+            with phases("checkpoint"), watch.interrupts.saving():
                 monitor.text(state.step, "data/rolling_hash", state.rolling_hash)
+                monitor.text(state.step, "data/mix", "\n\n".join(use.as_text() for use in ledger.at(rows)))
+                monitor.flush()
+                run.saver.save(state)
+        if early_stop.reason:
+            return early_stop.reason
+    return f"all {training.steps:,} steps are made"
 
 
-def _starting_point(config: Config, resume: bool, manifest: Manifest) -> Path | None:
-    """The checkpoint to resume from, if any; makes the row plan where there is none.
-
-    Raises:
-        UserError: there is no checkpoint to resume from, one that must not be overwritten, or rows cannot be planned.
-    """
-    row_format = row_format_of(config.data)
-    if not has_row_plan(manifest, row_format):
-        write_row_plan(manifest, row_format)
-    checkpoints = Path(config.run_dir) / "checkpoints"
-    found = ckpt.complete_checkpoints(checkpoints)
-    if found and not resume:
-        raise CheckpointError(f"{checkpoints}: holds checkpoints of an earlier run; give --resume or another run_dir")
-    if resume and not found:
-        raise CheckpointError(f"{checkpoints}: no complete checkpoint to resume from; start without --resume")
-    return found[-1] if found else None
-
-
-def _next(stream: Stream) -> Step | UserError:
-    """The next step, or why this rank cannot read it."""
-    try:
-        return next(stream)
-    except UserError as error:
-        return error
-
-
-def _seek(stream: Stream, state: RunState, rows_per_step: int) -> None:
+def seek(stream: Stream, state: RunState, rows_per_step: int) -> None:
+    """Let a stream go on where the run stands."""
     stream.load_state_dict(stream.state_dict() | {"rows": state.step * rows_per_step})
 
 
-def _leave_out_bad_shards(
-    config: Config, data: RunData, taken: Step | UserError, state: RunState, saver: Saver, monitor: Monitor
-) -> None:
+def _work(run: Run) -> Work:
+    """What a step costs; measures the device where nobody has said what it can do."""
+    precision = ds.precision(run.config.training)
+    peak = run.config.monitor.peak_tflops or peak_tflops(ds.device_name(), precision)
+    if peak is None:
+        peak = measured_tflops(ds.device(), torch.bfloat16 if precision == "bf16" else torch.float32)
+        run.monitor.line(f"no peak of this device is known: a large matrix product makes {peak:.3g} TFLOP/s")
+    return Work.of(run.config, run.world, peak)
+
+
+def _leave_out_bad_shards(run: Run, taken: Step | UserError | None, state: RunState) -> None:
     """Agree with the other ranks on the shards that one of them cannot read; all read the step again, without them.
 
     Raises:
         UserError: the run must stop, on all ranks; what it has learnt is saved.
     """
-    rows = state.step * config.training.batch_rows
+    rows = state.step * run.rows_per_step
     problems = ds.gather_objects(taken if isinstance(taken, UserError) else None)
     try:
-        record = record_of_bad_shards(problems, state.record, rows, config.data)
+        record = record_of_bad_shards(problems, state.record, rows, run.config.data)
     except UserError:
-        saver.save(state)
+        run.saver.save_last(state)
         raise
-    ds.from_first_rank(lambda: record.write(Path(config.run_dir)))
+    ds.from_first_rank(lambda: record.write(run.folder))
     for shard in set(record.shards) - set(state.record.shards):
-        monitor.line(f"step {state.step + 1}: left out {shard.name} from row {shard.from_row} on: {shard.reason}")
-    monitor.line(f"{QUARANTINE} holds {len(record.shards)} shards; a replay leaves out the same rows")
+        run.monitor.line(f"step {state.step + 1}: left out {shard.name} from row {shard.from_row} on: {shard.reason}")
+    run.monitor.line(f"{QUARANTINE} holds {len(record.shards)} shards; a replay leaves out the same rows")
     state.record = record
-    data.leave_out(record)
-    _seek(data.stream, state, config.training.batch_rows)
+    run.data.leave_out(record)
+    seek(run.data.stream, state, run.rows_per_step)
 
 
-def _validate(
-    engine: Any,
-    tokenizer: MixedTokenizer,
-    data: RunData,
-    config: Config,
-    share: tuple[int, int],
-    monitor: Monitor,
-    step: int,
-) -> dict[str, float]:
-    """Loss, bits per byte and generation on the held-out split; {} where nothing is held out."""
+def _validate(run: Run, state: RunState, early_stop: EarlyStop) -> None:
+    """Loss, bits per byte and generation on the held-out split; nothing where nothing is held out."""
+    engine, tokenizer, data, monitor, step = run.engine, run.tokenizer, run.data, run.monitor, state.step
+    state.metrics = {}  # so that a validation that is cut off is known to be owed
+    if run.rank == 0:
+        monitor.histograms(step, "weights", samples(owned_weights(engine)))
     if data.pictured is None:
-        return {}
+        return
     engine.eval()
-    loss, bits = validation_loss(engine, data.validation)
-    quality = validation_generation(engine.module, tokenizer, data.tasks, share, config.validation.max_bytes)
-    pictures = validation_pictures(engine.module, tokenizer, data.pictured, draws=share[0] == 0)
+    any_rank = run.watch.meeting.any_rank
+    loss, bits = validation_loss(engine, data.validation, any_rank)
+    outcomes = validation_generation(engine.module, tokenizer, data.tasks, (run.rank, run.world), any_rank)
+    pictures = validation_pictures(engine.module, tokenizer, data.pictured, draws=run.rank == 0)
     engine.train()
-    metrics = {
-        "validation/loss": loss,
-        "validation/bits_per_byte": bits,
-        "validation/exact_match": quality.exact_match,
-        "validation/off_canonical_joins_per_block": quality.off_canonical_joins_per_block,
-    }
+    metrics = {"validation/loss": loss, "validation/bits_per_byte": bits} | generation_metrics(outcomes)
     monitor.scalars(step, metrics)
-    monitor.text(step, "validation/generated", quality.examples)
+    examples = [outcome.example for outcome in outcomes if outcome.example is not None]
+    monitor.generations(step, examples, as_markdown(examples))
     for name, png in pictures.items():
         monitor.image(step, name, png)
     monitor.line(f"step {step}: " + " ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
-    return metrics
-
-
-def _check_segmentation(config: Config, manifest: Manifest) -> None:
-    if segmentation_hash(config.segmentation) != manifest.content["segmentation_hash"]:
-        raise ConfigError(
-            f"{manifest.where}: the shards were made with another segmentation ({manifest.content['segmentation']}) "
-            "than the configuration's; prepare the shards anew or set segmentation.* as they have it"
-        )
-
-
-def _parameters(model: torch.nn.Module) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    early_stop.judge(step, metrics)
+    state.metrics, state.early_stop = metrics, early_stop.state

@@ -1,0 +1,39 @@
+"""What the parts of a run work with on one rank."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.tokenizer import MixedTokenizer
+from tidal_dist.config import Config
+from tidal_dist.history.events import Events
+from tidal_dist.training.data import RunData
+from tidal_dist.training.monitor import Monitor
+from tidal_dist.training.state import Saver
+from tidal_dist.training.watch import Watch
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it is open on rank `rank` of `world`."""
+
+    config: Config
+    tokenizer: MixedTokenizer
+    data: RunData
+    engine: Any
+    saver: Saver
+    monitor: Monitor
+    events: Events
+    watch: Watch
+    rank: int
+    world: int
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.run_dir)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one step over all ranks."""
+        return self.config.training.batch_rows
