@@ -5,14 +5,19 @@ INSTALLED := .venv/installed
 # A process on each core, with one thread, since most tests are too small for more.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: demo test check clean
+.PHONY: demo test soak check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo
 
 test: check
 	$(FAST) -m slow --ignore tests/distributed
-	$(BIN)/python -m pytest -m slow tests/distributed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/distributed
+
+# A training killed a hundred times, which must lose nothing; half an hour and more.
+soak: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kill_soak.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kill_soak.py --elastic --kills 30
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

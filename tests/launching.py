@@ -4,11 +4,11 @@ import contextlib
 import io
 import json
 import os
-import signal
-import socket
+import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,54 +16,55 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tidal_dist.cli import main
+from tidal_dist.launching import Launch, command_on_this_machine, free_port
 
 ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+RANKS = ROOT / "tests" / "ranks.py"
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+def light_command(
+    config: Path | str, arguments: Sequence[str], ranks: int, script: str = "launch/train.py"
+) -> list[str]:
+    """What starts ranks without the deepspeed launcher."""
+    starter = [sys.executable, str(RANKS), str(ranks), str(free_port())]
+    return [*starter, str(ROOT / script), "--config", str(config), *arguments]
+
+
 @contextlib.contextmanager
-def started(config: Path, *arguments: str, ranks: int = 2) -> Iterator[subprocess.Popen[str]]:
-    """`deepspeed --num_gpus RANKS launch/train.py --config CONFIG ...` while it runs; no process outlives the block."""
-    command = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    command += [str(ROOT / "launch" / "train.py"), "--config", str(config), *arguments]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def started(
+    config: Path, *arguments: str, ranks: int = 2, script: str = "launch/train.py", by_deepspeed: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """Training while it runs; no process outlives the block.
+
+    by_deepspeed: through `deepspeed --num_gpus RANKS`, as users start it, which takes some seconds more.
+    """
+    make = command_on_this_machine if by_deepspeed else partial(light_command, script=script)
+    command = make(config, arguments, ranks)
+    with Launch(command, subprocess.PIPE, ROOT, environment()) as training:
+        yield training.process
 
 
-def launch(config: Path, *arguments: str, ranks: int = 2, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+def launch(
+    config: Path,
+    *arguments: str,
+    ranks: int = 2,
+    timeout: float = 240,
+    script: str = "launch/train.py",
+    by_deepspeed: bool = False,
+) -> subprocess.CompletedProcess[str]:
     """Run the training to its end."""
-    with started(config, *arguments, ranks=ranks) as process:
+    with started(config, *arguments, ranks=ranks, script=script, by_deepspeed=by_deepspeed) as process:
         output, _ = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
-def launched(config: Path, *arguments: str, ranks: int = 2) -> str:
+def launched(config: Path, *arguments: str, ranks: int = 2, by_deepspeed: bool = False) -> str:
     """Like `launch`, for a run that must succeed; its output."""
-    result = launch(config, *arguments, ranks=ranks)
+    result = launch(config, *arguments, ranks=ranks, by_deepspeed=by_deepspeed)
     assert result.returncode == 0, result.stdout[-3000:]
     return result.stdout
 
@@ -97,6 +98,17 @@ def tidal_error(*arguments: str | Path, stdin: bytes = b"") -> str:
     assert len(error_lines(output)) == 1, output
     assert output.splitlines()[-1].startswith("error: ")
     return output.splitlines()[-1]
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond `size` bytes: a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def scalars(run: Path) -> dict[str, dict[int, float]]:

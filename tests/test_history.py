@@ -12,7 +12,7 @@ import yaml
 from data_pipeline.errors import BadShardError
 from data_pipeline.ordering import roll
 from data_pipeline.pieces import blocks_of_piece
-from data_pipeline.quarantine import QUARANTINE, QuarantineRecord
+from data_pipeline.quarantine import QUARANTINE, LeftOutRows, QuarantineRecord
 from data_pipeline.rows import RowReader, row_format_of
 from tests.launching import tidal_error, tidal_here
 from tests.mixed_shards import SUMS, TIDES, prepare_mixed, sums, tides, write_shards
@@ -37,11 +37,16 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def make_run(prepared: Path, tmp_path: Path) -> MakeRun:
-    """`make_run(name, steps=..., every=..., left_out={shard: row}, data={...}, training={...})`: the folder of a run
-    with the log that it would have written."""
+    """`make_run(name, steps=..., every=..., left_out={shard: row}, rows_out=(row, row), data={...}, training={...})`:
+    the folder of a run with the log that it would have written."""
 
     def make(
-        name: str, steps: int = 12, every: int = 3, left_out: dict[str, int] | None = None, **sections: dict
+        name: str,
+        steps: int = 12,
+        every: int = 3,
+        left_out: dict[str, int] | None = None,
+        rows_out: tuple[int, int] | None = None,
+        **sections: dict,
     ) -> Path:
         run = tmp_path / name
         run.mkdir()
@@ -53,7 +58,9 @@ def make_run(prepared: Path, tmp_path: Path) -> MakeRun:
         record = QuarantineRecord(past.manifest.hash)
         for shard, row in (left_out or {}).items():
             record = record.with_shards([BadShardError("torn", 0, shard)], row)
-        if left_out:
+        if rows_out:
+            record = record.with_rows(LeftOutRows(*rows_out, "the loss is nan"))
+        if left_out or rows_out:
             record.write(run)
             past = open_run(run)
         first = Line(0, 0, past.start)
@@ -192,8 +199,19 @@ def test_explain_shows_what_was_left_out(make_run: MakeRun) -> None:
     expected = [row for step in (3, 4, 5) for row in explained(plain, step)]
     for row, full in zip(found, expected, strict=True):
         out = row["g"] >= g and row["shard"] == shard
-        assert row == (full | {"left_out": True, "pieces": []} if out else full)
-    assert "left empty" in tidal_here("explain", "--run", run, "--step", "4").stdout.decode()
+        why = "its shard could not be read"
+        assert row == (full | {"left_out": True, "why_left_out": why, "pieces": []} if out else full)
+    assert f"left empty: {why}" in tidal_here("explain", "--run", run, "--step", "4").stdout.decode()
+
+
+def test_explain_shows_why_rows_were_left_out_and_what_they_held(make_run: MakeRun) -> None:
+    plain, run = make_run("plain"), make_run("run", rows_out=(3 * BATCH, 4 * BATCH))
+    for row, full in zip(explained(run, 4), explained(plain, 4), strict=True):
+        assert row == full | {"left_out": True, "why_left_out": "the loss is nan"}
+        assert row["pieces"]
+    assert explained(run, 3) == explained(plain, 3)
+    assert explained(run, 5) == explained(plain, 5)
+    assert tidal_here("explain", "--run", run, "--step", "4").stdout.decode().count("left empty: the loss is nan") == 8
 
 
 def test_explain_needs_no_log_and_finds_shards_that_moved(make_run: MakeRun, prepared: Path, tmp_path: Path) -> None:
@@ -288,6 +306,13 @@ def test_a_shard_left_out_is_found_to_the_row(make_run: MakeRun) -> None:
     assert report["held"][1] == f"{report['held'][0]}, left empty"
 
 
+def test_rows_left_out_are_found(make_run: MakeRun) -> None:
+    report = audited(make_run("a"), make_run("b", rows_out=(5 * BATCH, 7 * BATCH)))
+    assert report["same_rows"] == 5 * BATCH
+    assert report["settings"] == {"rows left out": [[], [[5 * BATCH, 7 * BATCH]]]}
+    assert report["held"][1] == f"{report['held'][0]}, left empty"
+
+
 def test_another_seed_differs_from_the_first_step(make_run: MakeRun) -> None:
     report = audited(make_run("a"), make_run("b", data={"seed": 2}))
     assert report["first_different_step"] == [1, 1]
@@ -365,6 +390,10 @@ def test_an_earlier_row_replaces_a_later_one() -> None:
         ({"format": 2, "manifest_hash": "h", "shards": []}, "format 2"),
         ({"format": 1, "manifest_hash": "h"}, "lacks shards"),
         ({"format": 1, "manifest_hash": "h", "shards": [{"name": "a"}]}, "not a record of shards"),
+        (
+            {"format": 1, "manifest_hash": "h", "shards": [], "rows": [{"from_row": 8}]},
+            "not a record of shards and rows",
+        ),
         ([], "format None"),
     ],
 )

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from data_pipeline.errors import ShardError
 from data_pipeline.ledger import Ledger
 from data_pipeline.mixing import MixStage, stages_of, whole_weights
-from data_pipeline.ordering import Order, Quarantine, RowAddress, Stage, rows_of_rank
+from data_pipeline.ordering import EmptyRows, Order, Quarantine, RowAddress, Stage, rows_of_rank
 from data_pipeline.pattern import Pattern
 from data_pipeline.shards import DataConfig
 
@@ -187,11 +187,12 @@ QUARANTINES = (Quarantine(3, 200), Quarantine(0, 311), Quarantine(4, 10**9))
 
 @pytest.mark.parametrize("stages", [STAGES, STAGES[:1], ()])
 @pytest.mark.parametrize("quarantines", [(), QUARANTINES])
+@pytest.mark.parametrize("empty_rows", [(), (EmptyRows(96, 192), EmptyRows(193, 337), EmptyRows(10**6, 10**6 + 8))])
 @pytest.mark.parametrize("lanes", [1, 8, 24])
 def test_the_ledger_is_what_walking_counts(
-    stages: tuple[Stage, ...], quarantines: tuple[Quarantine, ...], lanes: int
+    stages: tuple[Stage, ...], quarantines: tuple[Quarantine, ...], empty_rows: tuple[EmptyRows, ...], lanes: int
 ) -> None:
-    order = Order(SHARDS, lanes, 1, SOURCES, stages, quarantines)
+    order = Order(SHARDS, lanes, 1, SOURCES, stages, quarantines, empty_rows)
     ledger = Ledger(order)
     for rows in (0, 1, lanes, 199, 200, 201, 500, 1111):
         uses = ledger.at(rows)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from launch.supervise import parser as supervise_parser
 from launch.train import parser as train_parser
 from tidal_dist.cli import parser as cli_parser
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "README.zh-CN.md", "docs/data.md"]
+DOCS = ("checkpoints", "data", "deepspeed", "drill", "guard", "plan", "survival", "watching")
+PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{name}.md" for name in DOCS)]
 
 
 def commands(page: str) -> list[str]:
@@ -30,6 +32,10 @@ def test_commands_are_understood(page: str) -> None:
             known[program](words[words.index("launch/train.py") + 1 :])
         elif program == "tidal":
             known[program](words)
+        elif words[:2] == ["-m", "launch.supervise"]:
+            supervise_parser().parse_known_args(words[2:])
+        elif program == "sbatch":
+            assert (ROOT / next(word for word in words if not word.startswith("-"))).exists(), line
         else:
             assert program in ("source", "tensorboard"), line
 

@@ -12,7 +12,7 @@ from conftest import Prepare
 
 from data_pipeline.errors import BadShardError, ShardError
 from data_pipeline.layout import IGNORED, NO_PLACE, Slots
-from data_pipeline.ordering import Order, Quarantine, RowAddress, Stage, identity_sum
+from data_pipeline.ordering import EmptyRows, Order, Quarantine, RowAddress, Stage, identity_sum
 from data_pipeline.rows import RowFormat, RowReader
 from data_pipeline.shards import Manifest
 from data_pipeline.stream import Batch, Loading, Share, Step, StepDataset, Stream, fixed_batches
@@ -314,10 +314,11 @@ def test_rank_0_sums_the_rows_of_all_ranks(reader: RowReader, order: Order) -> N
 def test_the_state_is_the_rows_consumed(reader: RowReader, order: Order, workers: int) -> None:
     """Whatever was read ahead; another number of workers, ranks and micro-batches goes on from it."""
     stream = stream_of(reader, order, workers)
-    assert stream.state_dict() == {"rows": 0, "manifest_hash": "a manifest", "quarantine": {}}
+    fresh = {"rows": 0, "manifest_hash": "a manifest", "quarantine": {}, "empty_rows": []}
+    assert stream.state_dict() == fresh
     before = list(islice(stream, 3))
     state = json.loads(json.dumps(stream.state_dict()))
-    assert state == {"rows": 3 * ROWS_PER_STEP, "manifest_hash": "a manifest", "quarantine": {}}
+    assert state == fresh | {"rows": 3 * ROWS_PER_STEP}
     after = list(islice(stream, 3))
     again = stream_of(reader, order)
     again.load_state_dict(state)
@@ -337,6 +338,27 @@ def test_states_that_do_not_fit(reader: RowReader, order: Order) -> None:
         stream.load_state_dict({"rows": 16, "manifest_hash": "of others", "quarantine": {}})
     with pytest.raises(ShardError, match=r"after 24 rows, no whole number of steps of training\.batch_rows=16"):
         stream.load_state_dict({"rows": 24, "manifest_hash": "a manifest", "quarantine": {}})
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_rows_left_out_are_empty_from_the_state_on(reader: RowReader, order: Order, world: int) -> None:
+    """Those of a step that is consumed do not disturb what is loaded ahead; a replay of them reads empty rows."""
+    shares = [Share(ROWS_PER_STEP, 1, rank, world) for rank in range(world)]
+    plain = [list(islice(stream_of(reader, order, share=share), 5)) for share in shares]
+    bad = [EmptyRows(ROWS_PER_STEP, 2 * ROWS_PER_STEP)]
+    for share, whole in zip(shares, plain, strict=True):
+        stream = stream_of(reader, order, share=share)
+        steps = list(islice(stream, 2))
+        stream.was_empty(bad)
+        steps += islice(stream, 3)
+        assert same(steps, whole)
+        replay = stream_of(reader, order, share=share)
+        replay.load_state_dict(json.loads(json.dumps(stream.state_dict())) | {"rows": 0})
+        again = list(islice(replay, 5))
+        assert same(again[:1] + again[2:], whole[:1] + whole[2:])
+        assert not any(batch.label_count() or batch.token_count() for batch in again[1].batches)
+        if share.rank == 0:
+            assert again[1].identity_sum != whole[1].identity_sum
 
 
 PAIRS = Share(2, 1, 0, 1)

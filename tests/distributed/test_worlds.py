@@ -16,9 +16,9 @@ from data_pipeline.rows import RowReader, row_format_of
 from data_pipeline.run_order import run_order, start_hash
 from data_pipeline.shards import Manifest
 from data_pipeline.stream import Batch, Loading, Stream
-from tests.launching import free_port
 from tests.mixed_shards import SUMS, TIDES, prepare_mixed
 from tidal_dist.config import Config, load_config
+from tidal_dist.launching import free_port
 
 pytestmark = pytest.mark.slow
 
