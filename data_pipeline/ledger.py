@@ -13,7 +13,7 @@ class SourceUse:
 
     Attributes:
         rows: consumed. epochs: the same in rounds of the source. repeats: rows beyond the first epoch.
-        quarantined: how many of `rows` were left empty, because their shard could not be read.
+        quarantined: how many of `rows` were left empty: their shard could not be read, or the run left them out.
     """
 
     source: str
@@ -51,15 +51,28 @@ class Ledger:
         pool, offsets = order.pools[pool_name], self._offsets(pool_name, rows)
         used = pool.rows_drawn(offsets, shards)
         first = pool.rows_drawn([min(offset, pool.rows_per_lane) for offset in offsets], shards)
-        quarantined = sum(
-            pool.rows_drawn(offsets, frozenset([q.shard]))
-            - pool.rows_drawn(self._offsets(pool_name, q.from_row), frozenset([q.shard]))
-            for q in order.quarantines
-            if q.shard in shards and q.from_row < rows
-        )
         # What an epoch drops counts as used up in proportion, so that a pool's whole round is one epoch.
         per_epoch = sum(order.shard_rows[s] for s in shards) * pool.rows_per_lane * pool.lanes / max(pool.rows, 1)
-        return SourceUse(name, used, used / max(per_epoch, 1), used - first, quarantined)
+        return SourceUse(name, used, used / max(per_epoch, 1), used - first, self._empty(pool_name, shards, rows))
+
+    def _empty(self, pool: str, shards: frozenset[int], rows: int) -> int:
+        """How many of the first `rows` rows of the run that fall in `shards` were left empty."""
+        unreadable = [q for q in self._order.quarantines if q.shard in shards]
+
+        def of_bad_shards(start: int, end: int) -> int:
+            stretches = ((frozenset([q.shard]), max(start, q.from_row)) for q in unreadable)
+            return sum(self._between(pool, shard, first, end) for shard, first in stretches)
+
+        left_out = ((stretch.from_row, min(stretch.to_row, rows)) for stretch in self._order.empty_rows)
+        total = of_bad_shards(0, rows)
+        return total + sum(self._between(pool, shards, a, b) - of_bad_shards(a, b) for a, b in left_out)
+
+    def _between(self, pool: str, shards: frozenset[int], start: int, end: int) -> int:
+        """How many rows from `start` to `end` of the run fall in `shards`; 0 where `end` is not after `start`."""
+        if end <= start:
+            return 0
+        drawn = self._order.pools[pool].rows_drawn
+        return drawn(self._offsets(pool, end), shards) - drawn(self._offsets(pool, start), shards)
 
     def _offsets(self, pool: str, rows: int) -> list[int]:
         """Rows of a pool that each lane took among the first `rows` rows of the run."""

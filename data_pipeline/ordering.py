@@ -29,7 +29,8 @@ class RowAddress(NamedTuple):
     Attributes:
         epoch: of its source, or of the run where sources are not mixed.
         shard: index in the split's list of shards. row: within the shard's row plan.
-        source: name of the shard's source. quarantined: the row is left empty, its shard cannot be read.
+        source: name of the shard's source. quarantined: the row is left empty: its shard cannot be read, or the run
+            leaves the row out.
     """
 
     epoch: int
@@ -56,6 +57,14 @@ class Quarantine:
 
 
 @dataclass(frozen=True)
+class EmptyRows:
+    """Rows `from_row` to `to_row`, which is not one of them, of the run are left empty, whatever they held."""
+
+    from_row: int
+    to_row: int
+
+
+@dataclass(frozen=True)
 class Order:
     """The order of the rows of one split.
 
@@ -66,6 +75,7 @@ class Order:
         sources: source of each shard; none: they have no names.
         stages: mixes in the order of their rows, the first from row 0; none: all shards are one pool.
         quarantines: shards that cannot be read.
+        empty_rows: rows that the run leaves out; the stretches do not touch and stand in the order of the rows.
     """
 
     shard_rows: tuple[int, ...]
@@ -74,6 +84,7 @@ class Order:
     sources: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
     quarantines: tuple[Quarantine, ...] = ()
+    empty_rows: tuple[EmptyRows, ...] = ()
 
     def check(self) -> None:
         """Raises ShardError where the mix names a source that is not there, or a pool has too few rows."""
@@ -116,7 +127,16 @@ class Order:
         name = self._source(turn, lane) if self.stages else ""
         epoch, shard, row = self.pools[name].locate(lane, self.drawn(name, lane, turn))
         source = self.sources[shard] if self.sources else ""
-        return RowAddress(epoch, shard, row, source, g >= self._unreadable_from.get(shard, g + 1))
+        return RowAddress(epoch, shard, row, source, self.is_unreadable(g, shard) or self.leaves_out(g))
+
+    def is_unreadable(self, g: int, shard: int) -> bool:
+        """Whether row `g`, which falls in `shard`, is left empty because that cannot be read."""
+        return g >= self._unreadable_from.get(shard, g + 1)
+
+    def leaves_out(self, g: int) -> bool:
+        """Whether row `g` is one of those that the run leaves out, whatever its shard."""
+        nth = bisect_right(self._empty_from, g)
+        return nth > 0 and g < self.empty_rows[nth - 1].to_row
 
     def drawn(self, name: str, lane: int, turn: int) -> int:
         """How many rows of a pool a lane takes before a turn."""
@@ -145,6 +165,10 @@ class Order:
     @cached_property
     def _unreadable_from(self) -> dict[int, int]:
         return {q.shard: q.from_row for q in self.quarantines}
+
+    @cached_property
+    def _empty_from(self) -> list[int]:
+        return [rows.from_row for rows in self.empty_rows]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ def run_order(
         tuple(manifest.sources(SPLIT)),
         stages_of(data.mix, rows_per_step),
         record.in_order(entry["name"] for entry in manifest.shards(SPLIT)),
+        record.empty_rows(),
     )
 
 

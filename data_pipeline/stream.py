@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data_pipeline.errors import ShardError, UserError
 from data_pipeline.layout import IGNORED, NO_DOCUMENT, LaidOut, Slots, stack
-from data_pipeline.ordering import Order, Quarantine, RowAddress, Share, identity_sum, rows_of_rank
+from data_pipeline.ordering import EmptyRows, Order, Quarantine, RowAddress, Share, identity_sum, rows_of_rank
 from data_pipeline.rows import RowReader
 
 
@@ -171,9 +171,11 @@ class Stream:
         return item
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows consumed by all ranks, the shards' manifest, and the shards that are left out from some row on."""
+        """The rows consumed by all ranks, the shards' manifest, and the shards and rows that are left out."""
         quarantine = {str(q.shard): q.from_row for q in self.order.quarantines}
-        return {"rows": self.rows, "manifest_hash": self._manifest_hash, "quarantine": quarantine}
+        empty = [[rows.from_row, rows.to_row] for rows in self.order.empty_rows]
+        left_out = {"quarantine": quarantine, "empty_rows": empty}
+        return {"rows": self.rows, "manifest_hash": self._manifest_hash} | left_out
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another stream of these shards stood, of any number of ranks and workers: seeks, never replays.
@@ -192,12 +194,18 @@ class Stream:
                 f"training.batch_rows={self._share.rows_per_step}; resume with another batch"
             )
         self.rows = state["rows"]
-        self.leave_out([Quarantine(int(shard), from_row) for shard, from_row in state["quarantine"].items()])
+        quarantines = [Quarantine(int(shard), from_row) for shard, from_row in state["quarantine"].items()]
+        self.leave_out(quarantines, [EmptyRows(*rows) for rows in state.get("empty_rows", [])])
 
-    def leave_out(self, quarantines: Iterable[Quarantine]) -> None:
-        """Read the next step, and all after it, with these shards left out and no others."""
-        self.order = replace(self.order, quarantines=tuple(quarantines))
+    def leave_out(self, quarantines: Iterable[Quarantine], empty_rows: Iterable[EmptyRows] = ()) -> None:
+        """Read the next step, and all after it, with these shards and rows left out and no others."""
+        self.order = replace(self.order, quarantines=tuple(quarantines), empty_rows=tuple(empty_rows))
         self._steps = None
+
+    def was_empty(self, empty_rows: Iterable[EmptyRows]) -> None:
+        """Have the order leave these rows out, of which all that are new to it are consumed: steps that are loaded
+        ahead stay as they are."""
+        self.order = replace(self.order, empty_rows=tuple(empty_rows))
 
 
 def _load_steps(dataset: StepDataset, loading: Loading) -> Iterator[Step | UserError]:

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from data_pipeline.errors import UserError
@@ -56,6 +57,7 @@ def _try(path: Path) -> int | None:
 
 def _holder(path: Path) -> str:
     try:
-        return path.read_text() or "another process"
+        since = datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        return f"{path.read_text() or 'another process'} since {since}"
     except OSError:
         return "another process"
