@@ -102,7 +102,7 @@ def tidal_error(*arguments: str | Path, stdin: bytes = b"") -> str:
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file of this process can grow beyond `size` bytes: a disk that is full."""
+    """No file of this process, and of those it starts meanwhile, can grow beyond `size` bytes: a disk that is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

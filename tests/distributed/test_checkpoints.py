@@ -1,19 +1,16 @@
 """Real runs that are killed while they save, find damaged checkpoints, a full disk, other ranks and other stages."""
 
-import contextlib
 import os
-import resource
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launching import error_lines, launch, launched, prepare_sums, scalars, started, tidal_here
+from tests.launching import error_lines, largest_file, launch, launched, prepare_sums, scalars, started, tidal_here
 from tidal_dist.history.events import read_events
 from tidal_dist.history.log import read_log
 from tidal_dist.training.checkpoint import load_state
@@ -106,21 +103,10 @@ def test_a_run_killed_while_it_saves_ends_as_if_nothing_had_been(config: Path, s
     assert read_events(run)[-1]["event"] == "finish"
 
 
-@contextlib.contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    """For processes that are started meanwhile: the disk refuses to hold more of a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_disk_that_refuses_costs_no_checkpoint_that_is_there(config: Path, straight: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(straight / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000003")
-    with no_file_larger_than(250_000):
+    with largest_file(250_000):
         result = launch(config, "--resume", f"run_dir={run}", "training.steps=5", "training.save_every_steps=4")
     assert result.returncode == 2, result.stdout[-2000:]
     (error,) = error_lines(result.stdout)

@@ -17,6 +17,7 @@ from tidal_dist.errors import UserError
 from tidal_dist.history.log import ROLLING_HASH
 from tidal_dist.launching import Launch, command_on_this_machine
 from tidal_dist.training import checkpoint as ckpt
+from tidal_dist.training.commit import step_of
 
 Moment = Literal["start", "step", "save", "validation"]
 # What a kill aims at; where it hits is seen afterwards.
@@ -229,7 +230,7 @@ class _Soak:
     def _resumable(self) -> int:
         """The step of the newest checkpoint; 0: there is none."""
         found = ckpt.complete_checkpoints(self.struck / "checkpoints")
-        return int(found[-1].name.rpartition("-")[2]) if found else 0
+        return step_of(found[-1]) if found else 0
 
     def _launch(self, run: Path, ranks: int, background: bool) -> Launch:
         self.launches += 1

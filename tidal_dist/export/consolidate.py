@@ -11,7 +11,7 @@ from tidal_dist.config import load_config
 from tidal_dist.errors import CheckpointError
 from tidal_dist.export.package import PROBE, TOKENIZER, TRAINING, write_export
 from tidal_dist.training import checkpoint as ckpt
-from tidal_dist.training.commit import content_problem
+from tidal_dist.training.commit import content_problem, step_of
 
 
 def find_checkpoint(path: Path, which: str) -> Path:
@@ -30,7 +30,7 @@ def find_checkpoint(path: Path, which: str) -> Path:
         return complete[-1]
     if which == "best":
         return ckpt.best_checkpoint(folder) or complete[-1]
-    steps = {str(int(p.name.rpartition("-")[2])): p for p in complete}
+    steps = {str(step_of(p)): p for p in complete}
     if which not in steps:
         raise CheckpointError(f"{folder}: no checkpoint of step {which}; there are {', '.join(steps)}")
     return steps[which]

@@ -1,12 +1,11 @@
 """How fast training is and where the time goes: figures by TensorBoard's names."""
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import torch
 
 from data_pipeline.stream import Batch
@@ -84,12 +83,8 @@ class Pace:
 
 
 def host_memory() -> dict[str, float]:
-    """Resident memory of this process, where the system tells."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return {}
-    return {"memory/host_resident_gib": pages * os.sysconf("SC_PAGE_SIZE") / _GIB}
+    """Resident memory of this process."""
+    return {"memory/host_resident_gib": psutil.Process().memory_info().rss / _GIB}
 
 
 def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:

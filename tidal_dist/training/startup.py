@@ -1,8 +1,8 @@
 """Where the seconds between the start of a process and its first step go."""
 
-import os
 import time
-from pathlib import Path
+
+import psutil
 
 
 class Startup:
@@ -29,9 +29,4 @@ class Startup:
 
 def _process_age() -> float:
     """Seconds since this process began."""
-    try:
-        # The 22nd field, after the name in brackets, which may hold blanks: ticks between boot and the start.
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, AttributeError):  # not Linux
-        return time.process_time()
+    return time.time() - psutil.Process().create_time()

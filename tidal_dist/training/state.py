@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,7 @@ class Saver:
         """
         self.wait()
         stood, state = self.stand(checkpoint, record), ckpt.load_state(checkpoint)
-        layout = ds.layout(self._config, self._world)
-        self.loaded = load_weights(self._engine, checkpoint, state, self._config, layout, self._data.probe)
+        self.loaded = load_weights(self._engine, checkpoint, state, self._config, self._layout, self._data.probe)
         self._saved, self._judged = (stood.step, stood.metrics), stood.metrics
         for mark, quality in _QUALITY.items():
             self._best[mark] = quality(ckpt.best_metrics(self._folder, mark))
@@ -210,7 +210,7 @@ class Saver:
             self._world,
             self._order_hash(rows),
             self._seconds + time.monotonic() - self._since,
-            layout=ds.layout(self._config, self._world),
+            layout=self._layout,
             optimizer_steps=step_count(self._engine),
             schedule=schedule,
             random={"rule": _RANDOM, "seed": training.seed},
@@ -239,6 +239,10 @@ class Saver:
             commit.remove_old(self._folder, target.step, training.keep_checkpoints, training.keep_every_steps)
 
         return Finishing(files, after)
+
+    @cached_property
+    def _layout(self) -> dict[str, Any]:
+        return ds.layout(self._config, self._world)  # DeepSpeed reads its whole configuration for it
 
     def _order_hash(self, rows: int) -> str:
         return order_hash(self._data.start, self._data.stream.order, self._config.training.batch_rows, rows)
