@@ -8,15 +8,15 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.warm import Training
 from tidal_dist.cli import main
-from tidal_dist.launching import Launch, command_on_this_machine, free_port
+from tidal_dist.launching import TRAIN, Launch, command_on_this_machine, free_port
 
 ROOT = Path(__file__).parent.parent
 RANKS = ROOT / "tests" / "ranks.py"
@@ -26,26 +26,30 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def light_command(
-    config: Path | str, arguments: Sequence[str], ranks: int, script: str = "launch/train.py"
-) -> list[str]:
+def light_command(config: Path | str, arguments: Sequence[str], ranks: int) -> list[str]:
     """What starts ranks without the deepspeed launcher."""
     starter = [sys.executable, str(RANKS), str(ranks), str(free_port())]
-    return [*starter, str(ROOT / script), "--config", str(config), *arguments]
+    return [*starter, str(TRAIN), "--config", str(config), *arguments]
 
 
 @contextlib.contextmanager
 def started(
     config: Path, *arguments: str, ranks: int = 2, script: str = "launch/train.py", by_deepspeed: bool = False
-) -> Iterator[subprocess.Popen[str]]:
+) -> Iterator["subprocess.Popen[str] | Training"]:
     """Training while it runs; no process outlives the block.
 
-    by_deepspeed: through `deepspeed --num_gpus RANKS`, as users start it, which takes some seconds more.
+    by_deepspeed: through `deepspeed --num_gpus RANKS`, as users start it, which takes many seconds more.
     """
-    make = command_on_this_machine if by_deepspeed else partial(light_command, script=script)
-    command = make(config, arguments, ranks)
-    with Launch(command, subprocess.PIPE, ROOT, environment()) as training:
-        yield training.process
+    if by_deepspeed:
+        command = command_on_this_machine(config, arguments, ranks)
+        with Launch(command, subprocess.PIPE, ROOT, environment()) as launched:
+            yield launched.process
+        return
+    training = Training(ROOT / script, ["--config", str(config), *arguments], ranks, free_port(), environment())
+    try:
+        yield training
+    finally:
+        training.kill()
 
 
 def launch(
@@ -148,7 +152,7 @@ def write_config(folder: Path, **sections: dict) -> Path:
             "log_every_steps": 1,
             "save_every_steps": 3,
         },
-        "validation": {"every_steps": 3, "rows": 8, "prompts": 6, "max_bytes": 16},
+        "validation": {"every_steps": 3, "rows": 8, "prompts": 3, "max_bytes": 8},
     }
     for section, values in sections.items():
         content[section] = content.get(section, {}) | values

@@ -10,39 +10,57 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Protocol
 
 _GRACE_SECONDS = 20.0
 
 
-def main(ranks: int, port: str, command: list[str]) -> int:
+class Rank(Protocol):
+    """A process, as `subprocess.Popen` has it."""
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, sig: int, /) -> None: ...
+
+
+# Starts a rank: its arguments, the script first, and what its environment has beside this process's.
+Start = Callable[[list[str], dict[str, str]], Rank]
+
+
+def start_python(arguments: list[str], own: dict[str, str]) -> Rank:
+    return subprocess.Popen([sys.executable, "-u", *arguments], env=os.environ | own)
+
+
+def run_ranks(ranks: int, port: str, command: list[str], start: Start) -> int:
+    """Start them, wait for them; the exit code, as a shell has it."""
     shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
     shared |= {"MASTER_ADDR": "127.0.0.1", "CROSS_RANK": 0, "CROSS_SIZE": 1}
+    script, *arguments = command
     processes = []
     for rank in range(ranks):
         own = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        script, *arguments = command
-        line = [sys.executable, "-u", script, f"--local_rank={rank}", *arguments]
-        processes.append(subprocess.Popen(line, env=os.environ | own))
-    failed = 0
+        processes.append(start([script, f"--local_rank={rank}", *arguments], own))
+    failed, deadline = 0, float("inf")
     while left := [process for process in processes if process.poll() is None]:
-        failed = next((p.returncode for p in processes if p.returncode), 0)
-        if failed:
-            _end(left)
+        if not failed and (failed := _first_failure(processes)):
+            deadline = time.monotonic() + _GRACE_SECONDS
+            _send(left, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            _send(left, signal.SIGKILL)
         time.sleep(0.05)
-    failed = failed or next((p.returncode for p in processes if p.returncode), 0)
+    failed = failed or _first_failure(processes)
     return failed if failed >= 0 else 128 - failed
 
 
-def _end(processes: list["subprocess.Popen[bytes]"]) -> None:
+def _first_failure(processes: list[Rank]) -> int:
+    return next((code for process in processes if (code := process.poll())), 0)
+
+
+def _send(processes: list[Rank], number: int) -> None:
     for process in processes:
-        process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + _GRACE_SECONDS
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in processes:
-        process.kill()
-        process.wait()
+        process.send_signal(number)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    sys.exit(run_ranks(int(sys.argv[1]), sys.argv[2], sys.argv[3:], start_python))

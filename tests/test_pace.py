@@ -64,9 +64,9 @@ def test_the_split_of_a_step_adds_up_and_pauses_are_no_training(clock: Clock) ->
     assert figures["speed/utilisation"] == 0.2
 
 
-def test_counting_starts_anew_and_a_peak_that_is_not_known_has_no_share(clock: Clock) -> None:
+def test_counting_starts_anew(clock: Clock) -> None:
     phases = Phases(lambda: None)
-    pace = Pace(1, phases, Work(1e12, None))
+    pace = Pace(1, phases, Work(1e12, 2.0))
     spend(clock, phases, forward=5.0)
     pace.add([BATCH])
     pace.take()
@@ -75,7 +75,7 @@ def test_counting_starts_anew_and_a_peak_that_is_not_known_has_no_share(clock: C
     figures = pace.take()
     assert figures["speed/seconds_per_step"] == 2.0
     assert figures["speed/tflops_per_rank"] == 0.5
-    assert "speed/utilisation" not in figures
+    assert figures["speed/utilisation"] == 0.25
 
 
 def test_measured_steps_tell_forward_from_backward(clock: Clock) -> None:
@@ -110,9 +110,9 @@ def test_a_phase_inside_another_has_its_time_alone(clock: Clock) -> None:
 
 
 def test_work_is_that_of_the_rows_of_a_rank() -> None:
-    config = load_config(Path(__file__).parents[1] / "configs" / "demo.yaml", ["monitor.peak_tflops=3.5"])
+    config = load_config(Path(__file__).parents[1] / "configs" / "demo.yaml")
     row = row_flops(config.model, 72, 40, config.segmentation.max_block_bytes).training
-    assert Work.of(config, 2, 1.0) == Work(row * 16 / 2, 3.5)
+    assert Work.of(config, 2, 3.5) == Work(row * 16 / 2, 3.5)
 
 
 def test_a_device_without_a_data_sheet_is_measured() -> None:

@@ -13,7 +13,7 @@ from data_pipeline.ordering import Order
 from data_pipeline.rows import RowFormat, RowReader
 from data_pipeline.shards import Manifest
 from data_pipeline.stream import Share, StepDataset
-from tests.launching import error_lines, images, launch, launched, prepare_sums, scalars, tidal
+from tests.launching import error_lines, images, launch, launched, prepare_sums, scalars, tidal_here
 from tidal_dist.config import load_config
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.training.loop import learning_rate
@@ -44,7 +44,7 @@ def losses(run: Path) -> list[float]:
 
 
 def weights(run: Path, out: Path) -> dict[str, torch.Tensor]:
-    result = tidal("export", run, out, "--which", "last")
+    result = tidal_here("export", run, out, "--which", "last")
     assert result.returncode == 0, result.stderr.decode()
     return load_file(out / "model.safetensors")
 
@@ -149,7 +149,7 @@ def test_bf16_trains_and_its_export_repeats_its_loss(config: Path, trained: Path
     assert losses(run) == pytest.approx(losses(trained), rel=0.02)
     assert losses(run) != losses(trained)
     assert weights(run, tmp_path / "export")["norm.weight"].dtype == torch.float32
-    assert tidal("generate", tmp_path / "export", "--prompt", "1 + 1 =", "--max-bytes", "8").returncode == 0
+    assert tidal_here("generate", tmp_path / "export", "--prompt", "1 + 1 =", "--max-bytes", "8").returncode == 0
 
 
 def test_bf16_trains_where_nothing_is_divided(config: Path, trained: Path) -> None:

@@ -121,8 +121,7 @@ def layout(config: Config, world: int) -> dict[str, Any]:
     """What a checkpoint's files depend on: how the ranks share weights and optimizer, and in which precision."""
     settings = deepspeed_config(config, world)
     zero = settings["zero_optimization"]
-    kinds = {kind: bool(settings.get(kind, {}).get("enabled")) for kind in ("bf16", "fp16")}
-    return {"ranks": world if zero["stage"] else None, "zero_optimization": zero, **kinds}
+    return {"ranks": world if zero["stage"] else None, "zero_optimization": zero, "bf16": uses_bf16(config.training)}
 
 
 def activation_checkpoint(config: TrainingConfig) -> Checkpoint | None:

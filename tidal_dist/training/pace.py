@@ -22,24 +22,23 @@ _MEASURED_WIDTH = 1024
 
 @dataclass(frozen=True)
 class Work:
-    """What a step costs. `flops_per_step`: of the model, on each rank. `peak_tflops`: of a rank's device, if known."""
+    """What a step costs. `flops_per_step`: of the model, on each rank. `peak_tflops`: of a rank's device."""
 
     flops_per_step: float
-    peak_tflops: float | None
+    peak_tflops: float
 
     @classmethod
-    def of(cls, config: Config, world: int, peak_tflops: float | None) -> "Work":
-        """The work of a configuration; its own `monitor.peak_tflops` goes first."""
+    def of(cls, config: Config, world: int, peak_tflops: float) -> "Work":
+        """The work of a configuration on so many ranks."""
         data = config.data
         row = row_flops(config.model, data.row_tokens, data.row_chars, config.segmentation.max_block_bytes)
         rows = config.training.batch_rows / world
-        return cls(row.training * rows, config.monitor.peak_tflops or peak_tflops)
+        return cls(row.training * rows, peak_tflops)
 
     def figures(self, seconds_per_step: float) -> dict[str, float]:
         """TFLOP/s that this rank achieves, and their share of the peak."""
         achieved = self.flops_per_step / seconds_per_step / 1e12
-        figures = {"speed/tflops_per_rank": achieved}
-        return figures | ({"speed/utilisation": achieved / self.peak_tflops} if self.peak_tflops else {})
+        return {"speed/tflops_per_rank": achieved, "speed/utilisation": achieved / self.peak_tflops}
 
 
 class Pace:
