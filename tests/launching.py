@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -14,16 +13,12 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.ranks import ROOT, environment
 from tests.warm import Training
 from tidal_dist.cli import main
 from tidal_dist.launching import TRAIN, Launch, command_on_this_machine, free_port
 
-ROOT = Path(__file__).parent.parent
 RANKS = ROOT / "tests" / "ranks.py"
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def light_command(config: Path | str, arguments: Sequence[str], ranks: int) -> list[str]:

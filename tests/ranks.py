@@ -11,9 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
+ROOT = Path(__file__).parent.parent
 _GRACE_SECONDS = 20.0
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class Rank(Protocol):

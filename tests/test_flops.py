@@ -14,8 +14,8 @@ from data_pipeline.layout import Slots
 from tidal_dist import flops
 from tidal_dist.config import ModelConfig, TrainingConfig
 from tidal_dist.errors import ConfigError
-from tidal_dist.flops import peak_tflops, recomputed_layers, row_flops
-from tidal_dist.gpus import GPUS, gpu_named, recognised
+from tidal_dist.flops import recomputed_layers, row_flops
+from tidal_dist.gpus import GPUS, gpu_named, peak_tflops, recognised
 from tidal_dist.model import attention
 from tidal_dist.model.transformer import TidalTransformer
 

@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, environment, run_ranks
 
-ROOT = Path(__file__).parent.parent
 _LONGEST_MESSAGE = 1 << 20
 
 
@@ -74,9 +73,8 @@ class Training:
 @functools.cache
 def _server() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-u", __file__, str(theirs.fileno())]
-    subprocess.Popen(command, env=environment, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    subprocess.Popen(command, env=environment(), cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     theirs.close()
     return ours
 
@@ -134,8 +132,7 @@ def _lead(request: dict[str, Any], output: int) -> None:
     os.environ.clear()
     os.environ |= request["environment"]
     resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    start: Any = _Forked
-    sys.exit(run_ranks(request["ranks"], request["port"], request["command"], start))
+    sys.exit(run_ranks(request["ranks"], request["port"], request["command"], _Forked))
 
 
 def _serve(connection: socket.socket) -> None:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields
 
 from data_pipeline.segmentation import SegmentationConfig
 from data_pipeline.tokenizer import OUTPUT_VOCABULARY
-from tidal_dist.gpus import peak_tflops
 from tidal_dist.settings import ModelConfig, TrainingConfig
 
 _BACKWARD = 2  # times the forward pass: one product for the inputs' gradient, one for the weights'
@@ -153,6 +152,3 @@ def char_groups(chars: int, longest_run: int) -> list[tuple[int, int]]:
     size = longest_run * _RUNS_PER_GROUP
     bounds = [(start, min(start + size, chars)) for start in range(0, chars, size)]
     return [(stop - start, stop - max(start - longest_run, 0)) for start, stop in bounds]
-
-
-__all__ = ["LayerFlops", "RowFlops", "char_groups", "peak_tflops", "recomputed_layers", "row_flops"]

@@ -10,7 +10,7 @@ from data_pipeline.quarantine import QUARANTINE
 from data_pipeline.stream import Step, Stream
 from tidal_dist.config import TrainingConfig
 from tidal_dist.errors import UserError
-from tidal_dist.flops import peak_tflops
+from tidal_dist.gpus import peak_tflops
 from tidal_dist.history.log import Line, RollingLog
 from tidal_dist.training import engine as ds
 from tidal_dist.training.bad_steps import go_back, leave_out_step, must_go_back

@@ -87,7 +87,9 @@ class Saver:
         Raises:
             CheckpointError: the checkpoint belongs to another run, order or quarantine record.
         """
-        state = ckpt.load_state(checkpoint)
+        return self._stand(checkpoint, ckpt.load_state(checkpoint), record)
+
+    def _stand(self, checkpoint: Path, state: ckpt.TrainingState, record: QuarantineRecord) -> RunState:
         made = state.provenance
         found = vars(made) | vars(state)
         for name, value in (self._made_with | {"order_hash": self._order_hash(made.rows)}).items():
@@ -111,7 +113,8 @@ class Saver:
             CheckpointError: the checkpoint does not belong to this run, or what was loaded is not what was saved.
         """
         self.wait()
-        stood, state = self.stand(checkpoint, record), ckpt.load_state(checkpoint)
+        state = ckpt.load_state(checkpoint)
+        stood = self._stand(checkpoint, state, record)
         self.loaded = load_weights(self._engine, checkpoint, state, self._config, self._layout, self._data.probe)
         self._saved, self._judged = (stood.step, stood.metrics), stood.metrics
         for mark, quality in _QUALITY.items():
