@@ -5,14 +5,19 @@ INSTALLED := .venv/installed
 # A process on each core, with one thread, since most tests are too small for more.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: demo test soak check clean
+.PHONY: demo test test-hosts soak check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo
 
 test: check
-	$(FAST) -m slow --ignore tests/distributed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/distributed
+	$(FAST) -m slow --ignore tests/distributed --ignore tests/hosts
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/distributed tests/hosts
+
+# Launches over two hosts on this machine, made of namespaces: as root, with iproute2, openssh-server and pdsh, and with
+# openmpi-bin, mpich, slurmctld, slurmd and slurm-client where these launchers are to be seen too. -rs: what is missing.
+test-hosts: $(INSTALLED)
+	$(BIN)/python -m pytest -rs tests/hosts
 
 # A training killed a hundred times, which must lose nothing; half an hour and more.
 soak: $(INSTALLED)
