@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from tidal_dist.cluster.discovery import discover
+from tidal_dist.cluster.logs import keep_log
 from tidal_dist.training.interrupts import Interrupts, LostRanks
 
 _LET_RANK_0_SPEAK_SECONDS = 4.0
@@ -31,6 +33,8 @@ def main() -> int:
         from tidal_dist.config import load_config
 
         config = load_config(arguments.config, arguments.overrides)
+        discover(Path(config.run_dir))
+        keep_log(Path(config.run_dir))
         from tidal_dist.training.start import train
 
         train(config, arguments.resume, interrupts)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.launching import tidal_error, write_config
+from tidal_dist.cluster.placement import Placement, on_hosts
 from tidal_dist.drill.compare import compare_loading, compare_losses, compare_tensors, first_difference
 from tidal_dist.drill.evidence import newest_step, recorded_losses, rolling_hashes, tensor_digests
-from tidal_dist.drill.placement import Placement, on_hosts
 from tidal_dist.drill.report import Report
 from tidal_dist.errors import CheckpointError, UserError
 from tidal_dist.history.log import Line, RollingLog
@@ -55,10 +55,10 @@ def test_slots_are_chosen_as_the_launcher_chooses_them(
         ("red slots=4\nblue 4\n", "", "", "hosts:2: 'blue 4': write `host slots=8`"),
         (HOSTS, "green", "", "'green': write host:0,1@other, with hosts of"),
         (HOSTS, "red:0-3", "", "'red:0-3': write host:0,1@other"),
-        (HOSTS, "old:0,2", "", "gives old no slot 2"),
+        (HOSTS, "old:0,2", "", "the hostfile gives old no slot 2"),
         (HOSTS, "old", "red", "--include and --exclude: give one of them"),
         (HOSTS, "", "red@blue@old", "no slot is left"),
-        ("", "", "", "no slot is left"),
+        ("", "", "", "hosts: names no host"),
     ],
 )
 def test_wrong_hosts_are_named(tmp_path: Path, text: str, include: str, exclude: str, expected: str) -> None:
@@ -220,7 +220,9 @@ def test_ranks_are_found_beneath_their_launchers_but_not_the_children_of_ranks(t
     train.write_text("import os, time\nos.fork()\nos.write(1, b'ready\\n')\ntime.sleep(600)\n")
     start = (
         "import os, subprocess, sys\n"
-        "for r in '01': subprocess.Popen([sys.executable, '-u', *sys.argv[1:]], env=os.environ | {'RANK': r})\n"
+        "for r in '01':\n"
+        "    told = {'RANK': r, 'LOCAL_RANK': r, 'WORLD_SIZE': '2'}\n"
+        "    subprocess.Popen([sys.executable, '-u', *sys.argv[1:]], env=os.environ | told)\n"
         "import time; time.sleep(600)"
     )
     command = [sys.executable, "-c", start, str(train), "--config", str(tmp_path)]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.launching import ROOT, environment
 from tidal_dist.training import interrupts as module
-from tidal_dist.training.interrupts import Interrupts, Meeting, Stopped
+from tidal_dist.training.interrupts import SIBLING_GONE, Interrupts, Meeting, Stopped
 
 
 class Clock:
@@ -167,4 +167,4 @@ def test_the_launcher_is_obeyed_once_and_at_once_where_a_rank_has_failed() -> No
     with rank("is stuck", LOCAL_SIZE="99") as process:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
+    assert (process.returncode, errors) == (128 + signal.SIGTERM, f"rank 0: {SIBLING_GONE}\n")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Prepare
 
 from data_pipeline import prepare
 from data_pipeline.corpus import CorpusConfig, SourceConfig, SourceFile
@@ -22,6 +21,7 @@ from data_pipeline.preparing.job import Job, into_tasks
 from data_pipeline.preparing.locks import exclusive
 from data_pipeline.preparing.tasks import Task
 from data_pipeline.shards import Manifest
+from tests.conftest import Prepare
 from tests.launching import tidal_here
 from tests.preparing import FILES, config_file, contents, fails, redone, request_for, write_texts
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from launch.recipes import parser as recipes_parser
 from launch.supervise import parser as supervise_parser
 from launch.train import parser as train_parser
 from tidal_dist.cli import parser as cli_parser
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("checkpoints", "data", "deepspeed", "drill", "guard", "plan", "survival", "watching")
+DOCS = ("checkpoints", "data", "deepspeed", "drill", "guard", "multi-node", "plan", "preflight", "survival", "watching")
 PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{name}.md" for name in DOCS)]
 
 
@@ -34,6 +35,10 @@ def test_commands_are_understood(page: str) -> None:
             known[program](words)
         elif words[:2] == ["-m", "launch.supervise"]:
             supervise_parser().parse_known_args(words[2:])
+        elif words[:2] == ["-m", "launch.recipes"]:
+            recipes_parser().parse_intermixed_args(words[2:])
+        elif program == "kubectl":
+            assert (ROOT / words[words.index("-f") + 1]).exists(), line
         elif program == "sbatch":
             assert (ROOT / next(word for word in words if not word.startswith("-"))).exists(), line
         else:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from conftest import TEXTS, Prepare
 
 from data_pipeline import shards
 from data_pipeline.corpus import CorpusConfig, Document, ReadCounts, SourceConfig, read_documents
@@ -25,6 +24,7 @@ from data_pipeline.shard_reader import ShardReader
 from data_pipeline.shards import SPLITS, Manifest
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import MixedTokenizer, TokenizerConfig, train_tokenizer
+from tests.conftest import TEXTS, Prepare
 
 FRACTION = 0.2  # the tiny corpus's validation_fraction
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import Prepare
 
 from data_pipeline.errors import BadShardError, ShardError
 from data_pipeline.layout import IGNORED, NO_PLACE, Slots
@@ -16,6 +15,7 @@ from data_pipeline.ordering import EmptyRows, Order, Quarantine, RowAddress, Sta
 from data_pipeline.rows import RowFormat, RowReader
 from data_pipeline.shards import Manifest
 from data_pipeline.stream import Batch, Loading, Share, Step, StepDataset, Stream, fixed_batches
+from tests.conftest import Prepare
 
 LANES = 8
 ROWS_PER_STEP = 16

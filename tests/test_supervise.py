@@ -32,8 +32,8 @@ class Scene:
     def arguments(self, *more: str) -> list[str]:
         return ["--config", str(self.config), "--pause", "0.01", "--launcher-command", LAUNCHER, *more]
 
-    def supervised(self) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "launch.supervise", *self.arguments()]
+    def supervised(self, *more: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "launch.supervise", *self.arguments(*more)]
         return subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -79,6 +79,22 @@ def test_a_launcher_that_was_killed_is_not_believed(scene: Scene) -> None:
     scene.plan("exit 0", "finish")
     assert main(scene.arguments()) == 0
     assert len(scene.starts()) == 2
+
+
+def test_once_leaves_restarts_to_others(scene: Scene) -> None:
+    scene.plan("crash 2", "exit 2", "finish")
+    arguments = scene.arguments("--once")
+    assert [main(arguments) for _ in range(4)] == [1, 2, 0, 0]
+    assert ["--resume" in start for start in scene.starts()] == [False, True, True]
+
+
+def test_once_a_stop_is_not_the_end(scene: Scene) -> None:
+    scene.plan("train 1")
+    with scene.supervised("--once") as process:
+        scene.rank(process)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, output
 
 
 def test_wrong_arguments(scene: Scene, capfd: pytest.CaptureFixture[str]) -> None:
@@ -186,4 +202,34 @@ def test_a_job_that_gains_nothing_or_fails_is_not_queued_again(slurm: Scene) -> 
     with batch_job(slurm) as process:
         output, _ = process.communicate(timeout=100)
     assert process.returncode == 2, output
+    assert not (slurm.folder / "scontrol").exists()
+
+
+# Plays `tidal preflight`, which finds what a file says, and `tidal launch`.
+TIDAL = f"""
+case "$2 $3" in
+"tidal_dist.cli preflight") echo "${{@:4}}" > "$SCENE/preflight"; exit "$(cat "$SCENE/verdict")";;
+"tidal_dist.cli launch") exec {shlex.quote(sys.executable)} -m launch.supervise --config "$4" \\
+    --launcher-command {shlex.quote(LAUNCHER)} "${{@:6}}" -- "$5";;
+*) exec {shlex.quote(sys.executable)} "$@";;
+esac
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verdict", [0, 1])
+def test_the_way_over_ssh_begins_with_a_preflight(slurm: Scene, monkeypatch: pytest.MonkeyPatch, verdict: int) -> None:
+    python = slurm.folder / "bin" / "played-python"
+    python.write_text(f"#!/bin/bash{TIDAL}")
+    python.chmod(0o755)
+    monkeypatch.setenv("TIDAL_PYTHON", str(python))
+    monkeypatch.setenv("TIDAL_LAUNCHER", "pdsh")
+    (slurm.folder / "verdict").write_text(str(verdict))
+    slurm.plan("finish")
+    with batch_job(slurm) as process:
+        output, _ = process.communicate(timeout=100)
+    assert process.returncode == verdict, output
+    hostfile = f"--hostfile {ROOT}/.hosts-77"
+    assert (slurm.folder / "preflight").read_text() == f"{slurm.config} training.seed=3 {hostfile}\n"
+    assert [" ".join(start[:2]) for start in slurm.starts()] == ([] if verdict else [hostfile])
     assert not (slurm.folder / "scontrol").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
-from tidal_dist.commands import data, model, run
+from tidal_dist.commands import cluster, data, model, run
 from tidal_dist.commands.output import check_range, log, print_report
 
 if TYPE_CHECKING:
@@ -69,6 +69,14 @@ def parser() -> argparse.ArgumentParser:
     add_config(add("plan-rows", data.plan_rows, "Plan the rows of prepared shards for other row sizes."))
 
     data.add_shards(add("shards", data.shards, "Check a shard folder, or show what it holds."))
+
+    launch = add("launch", cluster.launch, "Train on the hosts of a hostfile, and see that it goes on.")
+    add_config(launch)
+    cluster.add_launch(launch)
+
+    check = add("preflight", cluster.preflight, "Look at every host of a job and try them together; 1 for no-go.")
+    add_config(check)
+    cluster.add_preflight(check)
 
     rehearsal = add("drill", run.drill, "Rehearse a job: a few steps, killed, resumed, exported; 1 for no-go.")
     add_config(rehearsal)

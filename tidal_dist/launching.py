@@ -13,6 +13,8 @@ from typing import IO
 
 import psutil
 
+from tidal_dist.cluster.discovery import place
+
 TRAIN = Path(__file__).parents[1] / "launch" / "train.py"
 _GRACE_SECONDS = 15.0
 
@@ -141,5 +143,5 @@ def _is_rank(process: psutil.Process) -> bool:
 
 
 def _rank_of(process: psutil.Process) -> int:
-    environment = process.environ()
-    return int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0)
+    found = place(process.environ())
+    return found.rank if found else 0

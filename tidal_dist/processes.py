@@ -5,6 +5,9 @@ from typing import Literal
 
 import psutil
 
+# The variable by which the processes of a launch on several hosts are known, whatever started them.
+LAUNCH_ID = "TIDAL_LAUNCH_ID"
+
 
 def state(pid: int) -> Literal["living", "halted"] | None:
     """Whether a process runs, or was halted by a signal or a debugger; none: it has ended."""

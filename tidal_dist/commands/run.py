@@ -3,6 +3,7 @@
 import argparse
 import secrets
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,8 @@ from data_pipeline.errors import UserError
 from tidal_dist.commands.output import check_range, log, print_report
 
 if TYPE_CHECKING:
+    from tidal_dist.cluster.placement import Placement
     from tidal_dist.config import Config
-    from tidal_dist.drill.placement import Placement
 
 
 def add_drill(sub: argparse.ArgumentParser) -> None:
@@ -61,7 +62,7 @@ def drill(arguments: argparse.Namespace) -> int:
 
 
 def _placement(arguments: argparse.Namespace) -> "Placement":
-    from tidal_dist.drill.placement import on_hosts, on_this_machine
+    from tidal_dist.cluster.placement import on_hosts, on_this_machine
 
     further = tuple(shlex.split(arguments.launcher))
     if arguments.ranks is not None:
@@ -86,27 +87,17 @@ def _placed(placement: "Placement", ranks: int, argument: str) -> "Placement":
 
 
 def _other(arguments: argparse.Namespace, config: "Config", placement: "Placement") -> "Placement | None":
-    from tidal_dist.drill.placement import on_this_machine
-    from tidal_dist.drill.rehearsal import share_of
-
-    def fits(ranks: int) -> bool:
-        try:
-            share_of(config, ranks).check(config.data.lanes)
-        except UserError:
-            return False
-        return True
+    from tidal_dist.cluster.placement import fits, on_hosts, on_this_machine, share_of
 
     if arguments.other_ranks is None:
         # A single rank has fewer nowhere; on CPUs it may have more.
-        if placement.ranks == 1 and placement.hostfile is None and _gpus() != 1 and fits(2):
+        if placement.ranks == 1 and placement.hostfile is None and _gpus() != 1 and fits(config, 2):
             return on_this_machine(2, placement.further)
-        return placement.another(fits)
+        return placement.another(partial(fits, config))
     check_range("--other-ranks", arguments.other_ranks, 1, float("inf"))
     share_of(config, arguments.other_ranks).check(config.data.lanes)
     if placement.hostfile is None:
         return on_this_machine(arguments.other_ranks, placement.further)
-    from tidal_dist.drill.placement import on_hosts
-
     everything = on_hosts(arguments.hostfile, arguments.include, arguments.exclude, placement.further)
     return _placed(everything, arguments.other_ranks, "--other-ranks")
 

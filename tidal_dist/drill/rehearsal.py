@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from data_pipeline.ordering import Share
 from data_pipeline.shards import Manifest
+from tidal_dist.cluster.placement import Placement, share_of
 from tidal_dist.config import Config
 from tidal_dist.drill.compare import compare_loading, compare_losses, compare_tensors, first_difference
 from tidal_dist.drill.evidence import newest_step, recorded_losses, rolling_hashes, tensor_digests
-from tidal_dist.drill.placement import Placement
 from tidal_dist.drill.report import Report
 from tidal_dist.history.events import read_events
 from tidal_dist.launching import Launch, training_command
@@ -82,11 +81,6 @@ def rehearse(plan: Plan, say: Callable[[str], None]) -> Report:
         else:
             shutil.rmtree(folder)
     return report
-
-
-def share_of(config: Config, ranks: int) -> Share:
-    """How the first of so many ranks shares a step; its `check` says whether they fit."""
-    return Share(config.training.batch_rows, config.training.accumulation_steps, 0, ranks)
 
 
 class _Rehearsal:

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tidal_dist.processes import LAUNCH_ID
 from tidal_dist.training.phases import Phase
 
 HEARTBEATS = "heartbeats"
@@ -42,6 +43,7 @@ class Beat:
         stack: the innermost calls of the main thread, outermost first, where a phase lasts long; else empty.
         collective: the last one that the rank took part in, where a phase lasts long and the library tells.
         stopping: why it wants to stop. ended: "finished", "stopped" or what went wrong; none: it has not ended.
+        launch: the launch on several hosts that it belongs to.
     """
 
     rank: int
@@ -62,6 +64,7 @@ class Beat:
     collective: str | None = None
     stopping: str | None = None
     ended: str | None = None
+    launch: str | None = None
 
     @property
     def seconds_per_step(self) -> float:
@@ -89,6 +92,19 @@ def heartbeat_file(run: Path, rank: int) -> Path:
     return run / HEARTBEATS / f"rank-{rank:05d}.json"
 
 
+def mark_ended(run: Path, rank: int, how: str) -> None:
+    """Say of a rank that is known to have ended, and could not say so itself, how; as in `Beat.ended`."""
+    path = heartbeat_file(run, rank)
+    with suppress(OSError, ValueError, TypeError):
+        _write(path, json.loads(path.read_bytes()) | {"ended": how})
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)
+
+
 class Heartbeat:
     """The heartbeat of this rank.
 
@@ -110,7 +126,7 @@ class Heartbeat:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._run, self._path = run, heartbeat_file(run, rank)
         self._beat = Beat(rank, world, local_rank, host, os.getpid(), now, since=now, active=now)
-        self._beat.interval = interval_seconds
+        self._beat.interval, self._beat.launch = interval_seconds, os.environ.get(LAUNCH_ID)
         self._stopping, self._last_collective, self._patience = stopping, last_collective, patience_seconds
         self._begun, self._wake, self._main = threading.Event(), threading.Event(), threading.get_ident()
         self._seconds: defaultdict[str, float] = defaultdict(float)
@@ -199,10 +215,8 @@ class Heartbeat:
         beat.collective = self._last_collective() if is_stuck else None
         beat.stopping = self._stopping()
         beat.written = now
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
         self._path.parent.mkdir(exist_ok=True)
-        temporary.write_text(json.dumps(asdict(beat)))
-        os.replace(temporary, self._path)
+        _write(self._path, asdict(beat))
         if is_stuck and lasts > self._patience and not self._has_warned and beat.local_rank == 0:
             self._has_warned = True
             text = f"{self.place()} has lasted {lasts / 60:.0f} min; `tidal diagnose {self._run}` says who is missing"

@@ -18,6 +18,7 @@ from tidal_dist import processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 JOB_STARTED = "TIDAL_JOB_STARTED"
+SIBLING_GONE = "ended by the launcher, since another rank of this host is gone"
 _WAKE = signal.SIGURG  # what nobody handles is ignored, so it harms no process that gets it by mistake
 _ONE_REQUEST_SECONDS = 2.0
 _TICK_SECONDS = 1.0
@@ -139,6 +140,7 @@ class Interrupts:
         """Follow a signal that process `sender` sent."""
         if "LOCAL_SIZE" in os.environ and sender == os.getppid():
             if not self._agreed and len(processes.below(sender)) < int(os.environ["LOCAL_SIZE"]):
+                _say(f"rank {os.environ.get('RANK', '0')}: {SIBLING_GONE}")
                 _end(received)  # that rank, or the launcher, says why
             if self._reason is None:
                 self._request(f"{received.name} from the launcher")

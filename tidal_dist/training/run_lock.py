@@ -10,6 +10,7 @@ from pathlib import Path
 from data_pipeline.preparing.locks import exclusive
 from tidal_dist.diagnose.hearts import Heart, read_hearts
 from tidal_dist.errors import UserError
+from tidal_dist.processes import LAUNCH_ID
 
 RUN_LOCK = "run.lock"
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
@@ -51,8 +52,13 @@ def held(run: Path, pause: Callable[[float], None] = time.sleep) -> Iterator[Non
 
 
 def _other_job(run: Path, pause: Callable[[float], None]) -> Heart | None:
-    """A rank of another job that trains in this folder."""
-    suspects = [h for h in read_hearts(run) if h.state in ("beating", "silent") and h.beat.pid != os.getpid()]
+    """A rank of another job that trains in this folder.
+
+    A rank of this launch's earlier start is none: it was killed, or is cut off and cannot make a step.
+    """
+    launch = os.environ.get(LAUNCH_ID)
+    others = [h for h in read_hearts(run) if h.beat.pid != os.getpid() and (not launch or h.beat.launch != launch)]
+    suspects = [h for h in others if h.state in ("beating", "silent")]
     # Clocks may differ, but not by so much.
     if not any(h.age < _OLD_SECONDS for h in suspects):
         return None

@@ -1,14 +1,14 @@
 """Which slots of which hosts hold the ranks of a launch, and where fewer ranks would stand."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tidal_dist.errors import UserError
+from data_pipeline.errors import UserError
+from data_pipeline.ordering import Share
+from tidal_dist.cluster.hostfile import filter_hosts, read_hostfile
+from tidal_dist.config import Config
 from tidal_dist.launching import local_ranks
-
-_HOST = re.compile(r"(\S+)\s+slots=(\d+)")
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,36 @@ class Placement:
                 return replace(self, hosts={host: slots[:each] for host, slots in first.items()})
         return None
 
+    def on(self, names: Collection[str]) -> "Placement":
+        """Those of these hosts."""
+        return replace(self, hosts={name: slots for name, slots in self.hosts.items() if name in names})
+
+    def most(self, fits: Callable[[int], bool]) -> "Placement | None":
+        """All of these ranks where they fit, else the most that do; none: there are none."""
+        return self if self.ranks and fits(self.ranks) else self.another(fits)
+
+    def host_of(self, rank: int) -> str:
+        """Where a rank is."""
+        return [name for name, slots in self.hosts.items() for _ in slots][rank]
+
     def another(self, fits: Callable[[int], bool]) -> "Placement | None":
         """The most ranks below this number that `fits` and can be placed; none: there are none."""
         placed = (self.with_ranks(n) for n in range(self.ranks - 1, 0, -1) if fits(n))
         return next((placement for placement in placed if placement), None)
+
+
+def share_of(config: Config, ranks: int) -> Share:
+    """How the first of so many ranks shares a step; its `check` says whether they fit."""
+    return Share(config.training.batch_rows, config.training.accumulation_steps, 0, ranks)
+
+
+def fits(config: Config, ranks: int) -> bool:
+    """Whether lanes and rows of a step can be dealt out to so many ranks."""
+    try:
+        share_of(config, ranks).check(config.data.lanes)
+    except UserError:
+        return False
+    return True
 
 
 def on_this_machine(ranks: int, further: tuple[str, ...] = ()) -> Placement:
@@ -63,42 +89,7 @@ def on_hosts(hostfile: Path, include: str, exclude: str, further: tuple[str, ...
         include, exclude: as the deepspeed launcher has them: `host:0,1@other`; "": nothing.
 
     Raises:
-        UserError: the hostfile cannot be read, or hosts or slots are named that it does not have.
+        UserError: of `read_hostfile` or `filter_hosts`.
     """
-    hosts = dict(_read(hostfile))
-    if include and exclude:
-        raise UserError("--include and --exclude: give one of them")
-    chosen = dict(_named(include or exclude, hosts, hostfile))
-    if exclude:
-        hosts = {host: tuple(s for s in slots if s not in chosen.get(host, ())) for host, slots in hosts.items()}
-    elif include:
-        hosts = {host: chosen[host] for host in hosts if host in chosen}
-    hosts = {host: slots for host, slots in hosts.items() if slots}
-    if not hosts:
-        raise UserError(f"{hostfile}: no slot is left; look at --include and --exclude")
-    return Placement(hosts, hostfile, further)
-
-
-def _read(hostfile: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    try:
-        lines = hostfile.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{hostfile}: cannot read ({getattr(error, 'strerror', error)}); check --hostfile") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        match = _HOST.match(line.strip())
-        if match is None:
-            raise UserError(f"{hostfile}:{number}: {line.strip()!r}: write `host slots=8`")
-        yield match[1], tuple(range(int(match[2])))
-
-
-def _named(text: str, hosts: dict[str, tuple[int, ...]], hostfile: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for part in filter(None, text.split("@")):
-        host, _, slots = part.partition(":")
-        if host not in hosts or not re.fullmatch(r"(\d+(,\d+)*)?", slots):
-            raise UserError(f"{part!r}: write host:0,1@other, with hosts of {hostfile}: {', '.join(hosts)}")
-        numbers = tuple(sorted(map(int, slots.split(",")))) if slots else hosts[host]
-        if missing := set(numbers) - set(hosts[host]):
-            raise UserError(f"{part!r}: {hostfile} gives {host} no slot {min(missing)}")
-        yield host, numbers
+    hosts = filter_hosts(read_hostfile(hostfile), include, exclude)
+    return Placement({host.name: host.numbers for host in hosts}, hostfile, further)
