@@ -35,6 +35,7 @@ def result(config: Config) -> dict:
     return bench.bench_layout(config, blocks=24, repeats=2)
 
 
+@pytest.mark.slow
 def test_both_ways_compute_the_same_step(result: dict) -> None:
     ours, baseline = result["ours"], result["baseline"]
     assert ours["loss"] == pytest.approx(baseline["loss"], rel=1e-5)

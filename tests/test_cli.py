@@ -31,6 +31,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.strip() == b"[]"
 
 
+@pytest.mark.slow
 def test_prompts_of_every_kind(export: Path) -> None:
     prompts = ["12 + 34 =", "", "never seen: Ωmega 潮 👍🏽", "ends in a wor"]
     arguments = ["generate", str(export), "--json", "--max-bytes", "12", *(a for p in prompts for a in ("--prompt", p))]
@@ -139,6 +140,7 @@ def test_a_mistake_in_standard_input(export: Path, stdin: bytes, expected: str) 
     assert expected in tidal_error("generate", export, stdin=stdin)
 
 
+@pytest.mark.slow
 def test_an_interrupted_reader_is_no_error(export: Path) -> None:
     command = [sys.executable, "-m", "tidal_dist.cli", "generate", str(export)]
     process = subprocess.Popen(

@@ -115,6 +115,7 @@ def test_a_chat_stays_or_goes_as_a_whole(tmp_path: Path) -> None:
     assert len(lines) == 3 + 2
 
 
+@pytest.mark.slow
 def test_all_kinds_after_each_other(tmp_path: Path) -> None:
     """What one kind drops is not there for the next; a task may be left without a record."""
     write(
@@ -141,6 +142,7 @@ def test_nothing_to_drop(tmp_path: Path) -> None:
     assert len(documents(shards)) == 5
 
 
+@pytest.mark.slow
 def test_more_finders_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(1)
     write(tmp_path, *([{"text": f"{rng.randrange(40)}"} for _ in range(20)] for _ in range(5)))

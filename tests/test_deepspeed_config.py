@@ -166,6 +166,7 @@ def test_a_plan_has_deepspeeds_own_defaults() -> None:
     assert {key: theirs[key] for key in ZERO_DEFAULTS} == ZERO_DEFAULTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("every", [1, 2])
 def test_inputs_on_the_host_change_no_digit(

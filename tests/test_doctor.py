@@ -50,6 +50,7 @@ def test_a_sound_model_passes_every_check(patient: SimpleNamespace) -> None:
     assert report["suspect"] is None
 
 
+@pytest.mark.slow
 def test_the_text_names_every_suspect_and_check(patient: SimpleNamespace) -> None:
     result = tidal_here("doctor", patient.export, "--data", patient.folder / "shards", *SMALL)
     text = result.stdout.decode()
@@ -62,6 +63,7 @@ def test_the_text_names_every_suspect_and_check(patient: SimpleNamespace) -> Non
     assert "cut at blocks" in text  # some documents of this corpus are longer than a row
 
 
+@pytest.mark.slow
 def test_the_page_has_pictures_and_needs_nothing_else(patient: SimpleNamespace, tmp_path: Path) -> None:
     examined(patient, "--html", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text("utf-8")

@@ -68,6 +68,7 @@ def test_every_segmentation(
     assert_plain(encode(BatchEncoder(other, 64), batch), batch, other)
 
 
+@pytest.mark.slow
 @given(batches_of_documents)
 def test_what_is_forgotten_is_learned_again(tokenizer: MixedTokenizer, batches: list[list[Document]]) -> None:
     encoder = BatchEncoder(tokenizer, part_bytes=16, dictionary_bytes=0)

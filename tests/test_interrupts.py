@@ -156,6 +156,7 @@ def test_one_request_on_several_ways_is_one() -> None:
     assert output.startswith("saved after SIG")
 
 
+@pytest.mark.slow
 def test_the_launcher_is_obeyed_once_and_at_once_where_a_rank_has_failed() -> None:
     # This process plays the launcher of two ranks.
     with rank("loops", "4", LOCAL_SIZE="1") as process:

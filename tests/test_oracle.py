@@ -99,6 +99,7 @@ def test_heads_that_are_no_power_of_two_have_the_slopes_between():
     torch.testing.assert_close(_one_pass(model, "chunked"), _seed_way(model, "chunked"), rtol=1e-10, atol=0.0)
 
 
+@pytest.mark.slow
 def test_long_document_in_one_row():
     document = document_of("12 - 34 = -22; 潮水退去，un café 👩‍🚀 comes in. " * 6)
     shape = (300, 500)

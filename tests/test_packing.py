@@ -100,6 +100,7 @@ def test_a_long_prompt_keeps_its_end(documents: list[LengthsOfDocument], row_tok
             assert kept + blocks[first - 1][0] > row_tokens // 2
 
 
+@pytest.mark.slow
 @given(documents, row_tokens, row_chars)
 def test_a_long_document_is_cut_no_more_than_needed(
     documents: list[LengthsOfDocument], row_tokens: int, row_chars: int
@@ -224,6 +225,7 @@ def test_rows_are_full(mean_blocks: float, prompts: bool, row_tokens: int, row_c
     assert max(used / plan.rows / (row_tokens, row_chars)) >= 0.9
 
 
+@pytest.mark.slow
 @given(documents, row_tokens, row_chars)
 def test_planning_is_a_function(documents: list[LengthsOfDocument], row_tokens: int, row_chars: int) -> None:
     first, second = (plan_rows(lengths_of(documents), row_tokens, row_chars, "shard") for _ in range(2))

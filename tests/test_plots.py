@@ -55,6 +55,7 @@ def test_the_layout_of_packed_rows_with_padding_as_tensors() -> None:
     assert min(size_of(to_png(layout_figure(to_torch(tokens), to_torch(chars), labels, name, "causal")))) > 900
 
 
+@pytest.mark.slow
 def test_the_layout_of_a_long_row_has_a_bounded_size_and_says_so() -> None:
     row = row_of("the tide runs out " * 100, "12 + 34 = 46; " * 10)
     figure = layout_figure(*row, name, "block")
@@ -163,6 +164,7 @@ def test_attention_has_a_panel_for_each_layer_and_head() -> None:
     assert shapes == [(n_tokens, n_tokens)] * 4 + [(4, n_tokens + 4)] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["潮水又来。潮汐模型从右往左写。" * 15, "the tide runs out " * 30])
 def test_a_long_document_has_a_picture_of_bounded_size_that_says_so(text: str) -> None:
     row = row_of(text)
@@ -241,6 +243,7 @@ def test_slots_without_a_label_have_no_box_and_no_loss() -> None:
     assert any(f"over {supervised} labels" in text and "nan" not in text for text in texts_of(figure))
 
 
+@pytest.mark.slow
 def test_a_long_text_has_a_picture_of_bounded_size_that_says_so() -> None:
     row = row_of("潮水又来。潮汐模型从右往左写。" * 40)
     figure = loss_figure(scores_of(row), row[1], row[2], name)

@@ -49,6 +49,7 @@ def test_the_shares_are_those_of_the_plans() -> None:
         assert row.token_fill == pytest.approx(plan.token_slots.sum(dtype=np.int64) / plan.rows / 512)
 
 
+@pytest.mark.slow
 def test_the_recommended_rows_are_full(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Manifest, "lengths", lambda *_: lengths(2))
     for row_tokens in (512, 2048):
@@ -58,6 +59,7 @@ def test_the_recommended_rows_are_full(manifest: Manifest, monkeypatch: pytest.M
         assert all(row["char_fill"] < FULL for row in summary["rows"] if row["row_chars"] > best["row_chars"])
 
 
+@pytest.mark.slow
 def test_the_command(manifest: Manifest, tmp_path: Path) -> None:
     result = tidal_here("shards", "info", manifest.folder, "--row-tokens", "48", "--plot", tmp_path / "info.png")
     assert result.returncode == 0, result.stderr

@@ -104,6 +104,7 @@ def test_wrong_arguments(scene: Scene, capfd: pytest.CaptureFixture[str]) -> Non
     assert "error: /nowhere/launcher: cannot start" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_signals_reach_the_ranks_and_end_the_supervision(scene: Scene, number: signal.Signals) -> None:
     scene.plan("train 1", "finish")

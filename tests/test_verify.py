@@ -44,6 +44,7 @@ def test_a_sound_folder_has_no_faults(folder: Path) -> None:
     assert b"every file is as it was written" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_is_found_in_its_file(folder: Path) -> None:
     """In every file, at its start, its end and between; that of the manifest's seal is found at the manifest."""
     for path in files_of(folder):

@@ -149,6 +149,7 @@ def test_a_page_whose_coding_breaks_off_is_not_a_shorter_one(tmp_path: Path) -> 
     assert (line["line"], line["reason"]) == (1, "bad_page")
 
 
+@pytest.mark.slow
 def test_cut_anywhere(tmp_path: Path) -> None:
     """A file that breaks off gives the records that are whole, and says that the rest is not there."""
     data = archive(MIXED)

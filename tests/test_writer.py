@@ -88,6 +88,7 @@ def test_all_ranks_parts_make_one_checkpoint(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_whose_disk_is_full_leaves_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
@@ -99,6 +100,7 @@ def test_a_rank_whose_disk_is_full_leaves_no_checkpoint(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
@@ -118,6 +120,7 @@ def test_a_checkpoint_whose_mark_cannot_be_written_stays(tmp_path: Path) -> None
     assert len(commit.complete_checkpoints(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_stays_silent_is_named(tmp_path: Path) -> None:
     (first,) = save(target_of(tmp_path, 2, timeout=0.2), only=(0,))
     assert first.error == "rank 1 has not written its part within 0 s"
