@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from data_pipeline.errors import UserError
@@ -29,23 +30,24 @@ def main() -> int:
     arguments = parser().parse_args()
     interrupts = Interrupts()
     interrupts.listen()
-    try:
-        from tidal_dist.config import load_config
+    with ExitStack() as at_end:
+        try:
+            from tidal_dist.config import load_config
 
-        config = load_config(arguments.config, arguments.overrides)
-        discover(Path(config.run_dir))
-        keep_log(Path(config.run_dir))
-        from tidal_dist.training.start import train
+            config = load_config(arguments.config, arguments.overrides)
+            discover(Path(config.run_dir))
+            at_end.callback(keep_log(Path(config.run_dir)))
+            from tidal_dist.training.start import train
 
-        train(config, arguments.resume, interrupts)
-        if os.environ.get("RANK", "0") == "0":
-            _report_if_finished(Path(config.run_dir))
-    except (UserError, LostRanks) as error:
-        if os.environ.get("RANK", "0") != "0":
-            # Most mistakes meet every rank alike: rank 0 names them and the launcher ends the others meanwhile.
-            time.sleep(_LET_RANK_0_SPEAK_SECONDS)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UserError) else 1
+            train(config, arguments.resume, interrupts)
+            if os.environ.get("RANK", "0") == "0":
+                _report_if_finished(Path(config.run_dir))
+        except (UserError, LostRanks) as error:
+            if os.environ.get("RANK", "0") != "0":
+                # Most mistakes meet every rank alike: rank 0 names them and the launcher ends the others meanwhile.
+                time.sleep(_LET_RANK_0_SPEAK_SECONDS)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            return 2 if isinstance(error, UserError) else 1
     return 0
 
 

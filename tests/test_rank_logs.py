@@ -1,10 +1,12 @@
 """Logs of ranks that are killed, abort, write without Python, or may not write."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,27 @@ def test_starts_follow_each_other(tmp_path: Path) -> None:
     assert re.fullmatch(rf"{STARTED}\none\n\n{STARTED}\ntwo\n\n", text)
     assert last_lines(log_file(tmp_path, 3, HOST), 5) == ["two"]
     assert last_lines(tmp_path / "none", 5) == []
+
+
+def test_who_ends_in_order_waits_until_all_is_written(tmp_path: Path) -> None:
+    """So whoever waits for it may read its output, be it a file that has no end."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    code = "import sys; from pathlib import Path; from tidal_dist.cluster.logs import keep_log\n"
+    code += "settle = keep_log(Path(sys.argv[1])); print('last'); settle()"
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=writer) as process:
+        os.close(writer)
+        time.sleep(1.0)
+        assert process.poll() is None
+        with open(reader, "rb") as output:
+            assert output.read().lstrip(b"x") == b"last\n"
+    assert process.returncode == 0
+    assert last_lines(log_file(tmp_path / "run", 0, HOST), 5) == ["last"]
 
 
 def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path: Path) -> None:

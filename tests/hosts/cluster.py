@@ -112,6 +112,8 @@ class Cluster:
         self._hosts[name] = _Host(name, address, folder, keeper)
         self._hub.ip("link", "add", f"to-{name}", "type", "veth", "peer", "name", INTERFACE, "netns", str(keeper.pid))
         self._hub.ip("link", "set", f"to-{name}", "master", "hub")
+        # The same for every host that has this address, so that the others need not learn it anew.
+        keeper.ip("link", "set", INTERFACE, "address", f"02:00:00:00:00:{int(address.rpartition('.')[2]):02x}")
         keeper.ip("addr", "add", f"{address}/24", "dev", INTERFACE)
         keeper.ip("link", "set", INTERFACE, "up")
         self.mend(name)

@@ -1,6 +1,7 @@
 """A rank that only joins the others, as launch/train.py does, and says so: started by launchers as that is."""
 
 import argparse
+import os
 import socket
 from pathlib import Path
 
@@ -16,5 +17,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     total = torch.tensor(10.0 ** dist.get_rank())
     dist.all_reduce(total)
-    print(f"{socket.gethostname()}: rank {dist.get_rank()} of {dist.get_world_size()}, sum {total:g}", flush=True)
+    text = f"{socket.gethostname()}: rank {dist.get_rank()} of {dist.get_world_size()}, sum {total:g}\n"
+    os.write(1, text.encode())  # at once: launchers mix what ranks write in pieces
     dist.destroy_process_group()

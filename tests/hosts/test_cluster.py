@@ -35,8 +35,8 @@ def test_what_runs_on_a_host_is_seen_and_signalled_there_alone(cluster: Cluster)
         assert cluster.run("alpha", ["pkill", "sleep"]).returncode == 0
         assert here.wait(5) == -signal.SIGTERM
         assert there.poll() is None
-        there.send_signal(signal.SIGINT)
-        assert there.wait(5) == -signal.SIGINT
+        there.send_signal(signal.SIGUSR1)
+        assert there.wait(5) == -signal.SIGUSR1
     assert not cluster.processes("alpha")
 
 

@@ -12,12 +12,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 LOGS = "logs"
 _CHUNK = 65536
 _TAIL_BYTES = 32768
+_SETTLE_SECONDS = 2.0
 
 
 def log_file(run: Path, rank: int, host: str) -> Path:
@@ -25,8 +28,13 @@ def log_file(run: Path, rank: int, host: str) -> Path:
     return run / LOGS / f"rank-{rank:05d}-{re.sub(r'[^A-Za-z0-9.-]', '_', host)}.log"
 
 
-def keep_log(run: Path) -> None:
-    """Write what this process says from now on to its rank's log too; where that cannot be, say so and go on."""
+def keep_log(run: Path) -> Callable[[], None]:
+    """Write what this process says from now on to its rank's log too; where that cannot be, say so and go on.
+
+    Returns:
+        what ends that and waits, some seconds at most, until everything is where it belongs: whoever waits for this
+        process may read its output as soon as it has ended.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     host = socket.gethostname()
     path = log_file(run, rank, host)
@@ -35,22 +43,25 @@ def keep_log(run: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as file:
             file.write(f"=== {now}: rank {rank} of {world} starts on {host}, process {os.getpid()}\n".encode())
-            _divert(file.fileno())
+            return _divert(file.fileno())
     except OSError as error:
         print(f"{path}: cannot write ({error.strerror}); no log of this rank is kept", file=sys.stderr, flush=True)
+        return lambda: None
 
 
-def _divert(file: int) -> None:
+def _divert(file: int) -> Callable[[], None]:
     """Have a process write to `file`, and to where they go now, what this one writes to descriptors 1 and 2."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    before = [os.dup(number) for number in (1, 2)]
     pipes = [os.pipe() for _ in (1, 2)]
+    writes, ends = os.pipe()  # it ends when that process does
     try:
         readers = [reader for reader, _ in pipes]
         # Nothing of this environment: by it a launch's processes are found, and killed.
         subprocess.run(
             [sys.executable, "-I", "-S", __file__, *map(str, [file, *readers])],
-            pass_fds=[file, *readers],
+            pass_fds=[file, *readers, ends],
             stdin=subprocess.DEVNULL,
             env={},
             check=True,
@@ -60,8 +71,17 @@ def _divert(file: int) -> None:
     except subprocess.CalledProcessError:
         raise OSError(0, "its writer does not start") from None
     finally:
-        for end in (end for pipe in pipes for end in pipe):
+        for end in (ends, *(end for pipe in pipes for end in pipe)):
             os.close(end)
+    return partial(_settle, before, writes)
+
+
+def _settle(before: Sequence[int], writes: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    for number, descriptor in enumerate(before, 1):
+        os.dup2(descriptor, number)
+    select.select([writes], [], [], _SETTLE_SECONDS)
 
 
 def last_lines(path: Path, most: int) -> list[str]:
