@@ -4,6 +4,9 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 # A process on each core, with one thread, since most tests are too small for more.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+# One more than two cores, since some tests wait. Each file in one process, in this order: what takes long comes first.
+SLOW := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m slow \
+	tests/distributed tests/hosts tests
 
 .PHONY: demo test test-hosts soak check clean
 
@@ -11,8 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo
 
 test: check
-	$(FAST) -m slow --ignore tests/distributed --ignore tests/hosts
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow tests/distributed tests/hosts
+	$(SLOW)
 
 # Launches over two hosts on this machine, made of namespaces: as root, with iproute2, openssh-server and pdsh, and with
 # openmpi-bin, mpich, slurmctld, slurmd and slurm-client where these launchers are to be seen too. -rs: what is missing.

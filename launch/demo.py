@@ -22,7 +22,6 @@ from tidal_dist.generation.decoder import Decoder, Limits
 from tidal_dist.generation.sampling import GREEDY
 from tidal_dist.launching import local_ranks, training_command
 
-_PROBLEMS = 1000
 _EXAMPLES = ["12 + 34 =", "999 + 1 =", "5000 - 4999 =", "17 - 4242 =", "-31 + 64 =", "9876 + 5432 ="]
 
 
@@ -48,11 +47,14 @@ def main() -> int:
     parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--problems", type=int, default=300_000, help="training problems in the corpus")
+    parser.add_argument("--questions", type=int, default=1000, help="unseen problems asked at the end, of each kind")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        report = run(config, arguments.config, arguments.overrides, arguments.ranks, arguments.problems)
+        report = run(
+            config, arguments.config, arguments.overrides, arguments.ranks, arguments.problems, arguments.questions
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,7 +65,7 @@ def main() -> int:
     return 0
 
 
-def run(config: Config, config_file: str, overrides: list[str], ranks: int, problems: int) -> Report:
+def run(config: Config, config_file: str, overrides: list[str], ranks: int, problems: int, questions: int) -> Report:
     """Every step, one after the other."""
     started = time.monotonic()
     folder = Path(config.run_dir)
@@ -78,10 +80,10 @@ def run(config: Config, config_file: str, overrides: list[str], ranks: int, prob
     train_seconds = time.monotonic() - training_started
     _say(f"trained in {train_seconds:.0f} s; exporting")
     exported = export(folder, folder / "export")
-    _say(f"asking {2 * _PROBLEMS:,} problems that never occurred in training")
+    _say(f"asking {2 * questions:,} problems that never occurred in training")
     report = Report(
-        exact_match=exact_match(folder / "export", held_out_problems(_PROBLEMS, seed=1)),
-        exact_match_4x4=exact_match(folder / "export", held_out_problems(_PROBLEMS, seed=1, digits=4)),
+        exact_match=exact_match(folder / "export", held_out_problems(questions, seed=1)),
+        exact_match_4x4=exact_match(folder / "export", held_out_problems(questions, seed=1, digits=4)),
         train_seconds=round(train_seconds, 1),
         total_seconds=round(time.monotonic() - started, 1),
         ranks=ranks,

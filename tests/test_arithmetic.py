@@ -43,6 +43,7 @@ def test_the_corpus_has_right_answers(corpus: list[tuple[str, str]]) -> None:
         check_answer(prompt, answer)
 
 
+@pytest.mark.slow
 def test_held_out_problems_never_occur_in_the_corpus(corpus: list[tuple[str, str]]) -> None:
     written = {prompt for prompt, _ in corpus}
     assert not any(is_held_out(prompt) for prompt in written)
@@ -60,6 +61,7 @@ def test_held_out_problems_are_distinct_and_right(digits: int | None) -> None:
         check_answer(prompt, answer)
 
 
+@pytest.mark.slow
 def test_digits_of_the_operands() -> None:
     for digits in (2, 3, 4):
         for prompt, _ in held_out_problems(100, seed=1, digits=digits):
@@ -75,6 +77,7 @@ def test_all_lengths_of_operands_are_trained(corpus: list[tuple[str, str]]) -> N
     assert lengths == {(a, b) for a in range(1, MAX_DIGITS + 1) for b in range(1, MAX_DIGITS + 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(20)
 def test_more_held_out_problems_than_there_are() -> None:
     with pytest.raises(ValueError, match="1 digits"):

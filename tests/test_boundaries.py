@@ -129,10 +129,10 @@ def test_characters_where_the_class_changes() -> None:
 
 
 @pytest.mark.slow
-def test_every_character_in_every_company() -> None:
+def test_every_character() -> None:
     everything = characters()
     for i in range(0, len(everything), 1 << 16):
-        batch = [in_every_company(c) for c in everything[i : i + (1 << 16)]]
+        batch = [f"a{c}{c} {c}-1" for c in everything[i : i + (1 << 16)]]
         assert fast(batch, DEFAULT) == plain(batch, DEFAULT)
 
 

@@ -260,6 +260,7 @@ def test_nul_bytes_are_text(tmp_path: Path) -> None:
     assert [d.text for d in documents] == ["a\0b\n\0", "a\0b"]
 
 
+@pytest.mark.slow
 def test_a_line_of_fifty_megabytes(tmp_path: Path) -> None:
     long = "潮汐 tide " * 4_500_000
     (tmp_path / "a.jsonl").write_text(

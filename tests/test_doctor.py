@@ -84,6 +84,7 @@ def test_shards_of_another_corpus_get_one_line(patient: SimpleNamespace, shards:
     assert report["suspects"][0]["verdict"] == "not run"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_examined_gets_one_line(patient: SimpleNamespace, tmp_path: Path) -> None:
     shards, empty = patient.folder / "shards", tmp_path / "empty"
     empty.mkdir()

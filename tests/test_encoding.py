@@ -50,6 +50,7 @@ def changed(tokenizer: MixedTokenizer, folder: Path, change: Callable[[Tokenizer
     return MixedTokenizer.load(path, tokenizer.segmentation)
 
 
+@pytest.mark.slow
 @given(batches_of_documents, st.integers(1, 100))
 def test_batches_are_encoded_as_single_documents(
     tokenizer: MixedTokenizer, batches: list[list[Document]], part_bytes: int
@@ -93,6 +94,7 @@ def test_each_block_is_encoded_once(tokenizer: MixedTokenizer, monkeypatch: pyte
     assert len(seen) > 2 * len(set(seen))
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tokenizer: MixedTokenizer) -> None:
     bound = 200_000
     bounded, unbounded = BatchEncoder(tokenizer, 4000, bound), BatchEncoder(tokenizer, 4000)

@@ -77,6 +77,7 @@ def samplings(prompts: Sequence[str], temperature: float = 1.0) -> list[Sampling
     return [Sampling(temperature=temperature, seed=seed) for seed in range(len(prompts))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(COMBINATIONS)))
 def test_cached_passes_equal_one_uncached_pass(number: int):
     encoding, char_positions, token_attention, char_layers, handoff = COMBINATIONS[number]
@@ -131,6 +132,7 @@ def test_logits_of_a_prompt_of_unseen_characters_are_cached_alike():
     torch.testing.assert_close(cached[: len(expected)], expected, rtol=0.0, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("handoff", [True, False])
 def test_prompts_in_a_batch_get_what_they_get_alone(temperature: float, handoff: bool):
@@ -275,6 +277,7 @@ def bytes_by_brute_force() -> dict[bytes, dict[int, int]]:
 
 
 class TestAllowed:
+    @pytest.mark.slow
     def test_equals_brute_force_over_all_characters(self):
         free = {0x80, 0xBF}
         for pending, options in bytes_by_brute_force().items():

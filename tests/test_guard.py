@@ -204,6 +204,7 @@ def test_bad_rows_in_a_row() -> None:
     assert again.with_rows(LeftOutRows(2 * BATCH, 8 * BATCH, "back", 1)).rollbacks == 2
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from(["made", "bad"]), min_size=1, max_size=16),
     st.sampled_from([1, 2, 4]),

@@ -266,6 +266,7 @@ def test_colours_only_on_a_terminal(
     assert "bits per byte" in out.getvalue()
 
 
+@pytest.mark.slow
 def test_pictures_lie_side_by_side(folder: Path, sums: Path, tmp_path: Path) -> None:
     result = tidal_here("inspect", sums, "--document", "0", "--plot", tmp_path / "alone.png")
     assert result.stderr.decode().splitlines() == [f"wrote {tmp_path}/alone.png"]

@@ -126,6 +126,7 @@ def rank(*what: str, **variables: str) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", module.STOP_SIGNALS)
 def test_a_wait_for_data_is_broken_off(number: signal.Signals) -> None:
     with rank("waits for data") as process:
@@ -135,6 +136,7 @@ def test_a_wait_for_data_is_broken_off(number: signal.Signals) -> None:
     assert f"{number.name}: saving and stopping; once more ends at once, without saving" in errors
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_rank_that_is_stuck() -> None:
     with rank("is stuck") as process:
         process.send_signal(signal.SIGUSR1)

@@ -57,6 +57,7 @@ def test_files_for_the_launcher(tmp_path: Path) -> None:
     assert "--resume" not in command
 
 
+@pytest.mark.slow
 def test_goes_on_with_the_most_hosts_that_the_lanes_allow(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     scene = Scene(tmp_path)
     assert "--force_multi" in scene.command(False)

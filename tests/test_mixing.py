@@ -114,6 +114,7 @@ def test_shares_are_those_of_the_stage() -> None:
     assert {MIXED.locate(g).source for g in range(LANES * 5)} == {"a", "b"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
 @pytest.mark.parametrize("turns_per_step", [1, 3])

@@ -1,5 +1,7 @@
 """How fast training is, and where the time goes."""
 
+import itertools
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -113,6 +115,12 @@ def test_work_is_that_of_the_rows_of_a_rank() -> None:
     config = load_config(Path(__file__).parents[1] / "configs" / "demo.yaml")
     row = row_flops(config.model, 72, 40, config.segmentation.max_block_bytes).training
     assert Work.of(config, 2, 3.5) == Work(row * 16 / 2, 3.5)
+
+
+def test_a_slow_device_is_not_given_a_large_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some CPUs have no instructions for bf16: there a product of 1,024 columns takes seconds."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
+    assert measured_tflops(torch.device("cpu"), torch.bfloat16) == pytest.approx(2 * 256**3 / 1e12)
 
 
 def test_a_device_without_a_data_sheet_is_measured() -> None:

@@ -112,6 +112,7 @@ def test_a_long_document_is_cut_no_more_than_needed(
             assert t > row_tokens or c > row_chars
 
 
+@pytest.mark.slow
 @given(documents, row_tokens, st.integers(2, 10))
 def test_a_block_that_does_not_fit(documents: list[LengthsOfDocument], row_tokens: int, row_chars: int) -> None:
     too_long = [
@@ -160,6 +161,7 @@ def test_overlap_repeats_context_without_supervision(
                 assert repeated + blocks[first - 1][0] > min(overlap, row_tokens // 2)
 
 
+@pytest.mark.slow
 @given(documents, row_tokens, row_chars)
 def test_addresses_are_stretches_of_the_shards_arrays(
     documents: list[LengthsOfDocument], row_tokens: int, row_chars: int

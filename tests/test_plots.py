@@ -43,6 +43,7 @@ def texts_of(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].texts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "text"), [("12 + 34 =", " 46"), ("", "The tide 来了 -22 $x$ \t\n")])
 def test_a_layout_is_as_wide_as_a_readme(prompt: str, text: str) -> None:
     width, height = size_of(to_png(layout_figure(*row_of(text, prompt), name, "block")))

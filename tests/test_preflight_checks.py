@@ -233,6 +233,7 @@ def test_all_of_256_hosts_are_asked_everything(tmp_path: Path) -> None:
     assert len(as_text(report).splitlines()) < 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["clock", "look", "find", "reach"])
 def test_only_so_many_hosts_are_asked_at_the_same_time(task: str, tmp_path: Path) -> None:
     played = Played(seconds={task: 0.1})

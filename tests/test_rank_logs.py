@@ -76,6 +76,15 @@ def test_who_ends_in_order_waits_until_all_is_written(tmp_path: Path) -> None:
     assert last_lines(log_file(tmp_path / "run", 0, HOST), 5) == ["last"]
 
 
+def test_what_has_kept_a_duplicate_is_not_waited_for(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from tidal_dist.cluster import logs; logs._SETTLE_SECONDS = 60.0\n"
+    )
+    code += "settle = logs.keep_log(Path(sys.argv[1])); os.dup(2); settle(); print('end')"
+    command = [sys.executable, "-c", code, tmp_path / "run"]
+    assert subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, timeout=30).stdout == b"end\n"
+
+
 def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     result = rank(tmp_path / "run", "print('goes on')")

@@ -285,6 +285,7 @@ def test_csv_of_other_programs(tmp_path: Path) -> None:
     assert 'its first row names "text" twice' in error_of(path, "csv")
 
 
+@pytest.mark.slow
 def test_a_csv_field_of_fifty_megabytes(tmp_path: Path) -> None:
     long = "tide, " * 9_000_000
     path = tmp_path / "a.csv"

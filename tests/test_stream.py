@@ -99,6 +99,7 @@ def test_shapes(reader: RowReader, order: Order) -> None:
         assert batch.label_count() == int((batch.labels >= 0).sum()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores is the point
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_workers_do_not_change_the_batches(reader: RowReader, order: Order, first_step: int) -> None:

@@ -88,6 +88,7 @@ def test_once_leaves_restarts_to_others(scene: Scene) -> None:
     assert ["--resume" in start for start in scene.starts()] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_once_a_stop_is_not_the_end(scene: Scene) -> None:
     scene.plan("train 1")
     with scene.supervised("--once") as process:
@@ -127,6 +128,7 @@ def test_a_signal_to_a_rank_alone_is_a_stop_too(scene: Scene) -> None:
     assert len(scene.starts()) == 1
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_what_is_stuck(scene: Scene) -> None:
     scene.plan("train 2", "finish")
     with scene.supervised() as process:

@@ -154,6 +154,7 @@ def tasks_of(answers: int, texts: int) -> list[Task]:
     return found + [Task("continuation", ["the"] * (i + 1), " tide", Limits(10)) for i in range(texts)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize(("answers", "texts"), [(0, 0), (1, 0), (0, 1), (2, 3), (5, 1)])
 def test_ranks_make_equally_many_passes_and_count_alike(

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, environment, tidal, write_config
+from tests.launching import ROOT, environment, tidal_here, write_config
 
 pytestmark = pytest.mark.slow
 
 
 def test_the_demo_leaves_its_products_and_its_report(tmp_path: Path) -> None:
     config = write_config(tmp_path, data={"lanes": 2, "shard_bytes": 100_000, "shards": str(tmp_path / "run/shards")})
-    command = [sys.executable, "-m", "launch.demo", "--config", str(config), "--problems", "1000"]
+    command = [sys.executable, "-m", "launch.demo", "--config", str(config), "--problems", "1000", "--questions", "50"]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads((tmp_path / "run" / "report.json").read_bytes())
@@ -29,7 +29,7 @@ def test_the_demo_leaves_its_products_and_its_report(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-2] == str(tmp_path / "run" / "report.json")
 
     for patient in ("export", "."):  # "." is the run: its best checkpoint, written by two ranks
-        examined = tidal("doctor", tmp_path / "run" / patient, "--data", tmp_path / "run" / "shards", "--json")
+        examined = tidal_here("doctor", tmp_path / "run" / patient, "--data", tmp_path / "run" / "shards", "--json")
         assert examined.returncode == 0, examined.stdout.decode()
         assert json.loads(examined.stdout)["notes"][0].endswith("32 documents, 6 blocks of each")
 

@@ -46,7 +46,8 @@ def test_a_rehearsal_names_what_stops_the_job(config: Path) -> None:
 
 
 def test_a_run_killed_five_times_is_the_undisturbed_run(config: Path, tmp_path: Path) -> None:
-    plan = Plan(str(config), ["model.dropout=0.1"], tmp_path, kills=5, seed=2, command=light_command)
+    overrides = ["model.dropout=0.1", "validation.every_steps=8"]
+    plan = Plan(str(config), overrides, tmp_path, kills=5, seed=2, command=light_command)
     report = soak(plan, print)
     assert report.holds, report.as_text()
     assert len(report.kills) == 5

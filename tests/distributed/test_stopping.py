@@ -20,7 +20,7 @@ from tidal_dist.training.heartbeat import heartbeat_file
 
 pytestmark = pytest.mark.slow
 
-STEPS, VALIDATED = 20, 8
+STEPS, VALIDATED = 16, 8
 OVERRIDES = (
     f"training.steps={STEPS}",
     "training.save_every_steps=1000",

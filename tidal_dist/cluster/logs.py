@@ -80,7 +80,12 @@ def _settle(before: Sequence[int], writes: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     for number, descriptor in enumerate(before, 1):
-        os.dup2(descriptor, number)
+        pipe = os.fstat(number)
+        # Whatever has kept a duplicate, as DeepSpeed does of standard error.
+        for each in map(int, os.listdir("/dev/fd")):
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(each), pipe):
+                    os.dup2(descriptor, each)
     select.select([writes], [], [], _SETTLE_SECONDS)
 
 

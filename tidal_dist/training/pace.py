@@ -17,7 +17,8 @@ from tidal_dist.training.phases import Phase, Phases
 _OF_A_STEP: tuple[Phase, ...] = ("data", "agree", "forward", "backward", "optimizer")
 _BETWEEN_STEPS: tuple[Phase, ...] = ("validation", "checkpoint")
 _GIB = 2**30
-_MEASURED_WIDTH = 1024
+_NARROWEST, _WIDEST = 256, 4096  # columns of a product
+_LONG_SECONDS = 0.02  # of a product that has all a device can do
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,22 @@ def host_memory() -> dict[str, float]:
 
 
 def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """What a large matrix product achieves on a device whose peak nobody has written down."""
-    a = torch.ones(_MEASURED_WIDTH, _MEASURED_WIDTH, device=device, dtype=dtype)
+    """What a large matrix product achieves on a device whose peak nobody has written down; takes parts of a second.
+
+    Products grow until one takes long: where a type has no instructions of its own, as bf16 on many CPUs, that is soon.
+    """
+    width = _NARROWEST
+    while (seconds := _product_seconds(width, device, dtype)) < _LONG_SECONDS and width < _WIDEST:
+        width *= 2
+    return 2 * width**3 / seconds / 1e12
+
+
+def _product_seconds(width: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Of the fastest of some."""
+    a = torch.ones(width, width, device=device, dtype=dtype)
     best = math.inf
     for _ in range(5):
         started = time.perf_counter()
         (a @ a)[0, 0].item()  # which waits for the product
         best = min(best, time.perf_counter() - started)
-    return 2 * _MEASURED_WIDTH**3 / best / 1e12
+    return best
