@@ -25,7 +25,7 @@ from tidal_dist.config import Config, ModelConfig, TrainingConfig, ValidationCon
 from tidal_dist.doctor.evidence import Sizes
 from tidal_dist.training.loss import bits_per_byte
 
-SIZES = Sizes(documents=8, blocks=3, rows=8)
+SIZES = Sizes(documents=4, blocks=2, rows=4)
 MORE = Sizes(documents=16, blocks=4, rows=16)
 SHAPE = {"n_layers": 2, "width": 16, "n_heads": 2}
 _TEXTS = (

@@ -664,18 +664,30 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("scene", [SETTINGS[s % len(SETTINGS)] | {"seed": s} for s in range(20)], indirect=True)
+@pytest.mark.parametrize("scene", [SETTINGS[s % len(SETTINGS)] | {"seed": s} for s in range(15)], indirect=True)
 def test_a_healthy_model_raises_no_alarm(scene: Scene) -> None:
     report, _ = scene.examined()
     assert report.holds, report.as_text()
 
 
+# Does not show in every document, or not in its first blocks.
+RARE = {
+    "the cache keeps chars",
+    "chars see their block's tokens",
+    "a cut document ends in <eos>",
+    "<eob> not supervised",
+    "<eos> where <eob> belongs",
+}
+
+
 @pytest.mark.parametrize(
-    ("scene", "plant", "suspect"),
-    [pytest.param(settings, plant, suspect, id=name) for name, suspect, plant, settings in PLANTS],
+    ("scene", "plant", "suspect", "is_rare"),
+    [pytest.param(settings, plant, suspect, name in RARE, id=name) for name, suspect, plant, settings in PLANTS],
     indirect=["scene"],
 )
-def test_a_planted_bug_is_named(scene: Scene, plant: Callable[[Scene], None], suspect: int) -> None:
+def test_a_planted_bug_is_named(scene: Scene, plant: Callable[[Scene], None], suspect: int, is_rare: bool) -> None:
+    if is_rare:
+        scene.sizes = Sizes(documents=8, blocks=3, rows=8)
     plant(scene)
     report, _ = scene.examined()
     culprit = report.culprit
