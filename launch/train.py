@@ -40,7 +40,7 @@ def main() -> int:
             from tidal_dist.training.start import train
 
             train(config, arguments.resume, interrupts)
-            if os.environ.get("RANK", "0") == "0":
+            if config.monitor.report and os.environ.get("RANK", "0") == "0":
                 _report_if_finished(Path(config.run_dir))
         except (UserError, LostRanks) as error:
             if os.environ.get("RANK", "0") != "0":

@@ -148,6 +148,7 @@ def write_config(folder: Path, **sections: dict) -> Path:
             "save_every_steps": 3,
         },
         "validation": {"every_steps": 3, "rows": 8, "prompts": 3, "max_bytes": 8},
+        "monitor": {"pictures": False, "report": False},  # which take seconds each
     }
     for section, values in sections.items():
         content[section] = content.get(section, {}) | values

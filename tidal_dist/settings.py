@@ -123,3 +123,5 @@ class MonitorConfig(Section):
     peak_tflops: float | None = Field(
         None, gt=0.0, description="of one device, for the utilisation; none: as known of the GPU, else measured"
     )
+    pictures: bool = Field(True, description="rank 0 draws a held-out document at every validation; the others wait")
+    report: bool = Field(True, description="RUN/report.html at the end; `tidal report` writes it at any time")

@@ -29,7 +29,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(config: Path) -> Path:
     """The run of the plain configuration, started as users do."""
-    launched(config, by_deepspeed=True)
+    launched(config, "monitor={pictures: true, report: true}", by_deepspeed=True)
     return config.parent / "run"
 
 
@@ -80,6 +80,7 @@ def test_run_leaves_what_a_user_expects(trained: Path) -> None:
     assert state["provenance"]["config_hash"] == hashlib.sha256(resolved).hexdigest()
     assert json.loads((trained / "checkpoints" / "best.json").read_bytes())["checkpoint"].startswith("step-")
     assert not list((trained / "checkpoints").glob(".*"))
+    assert "Finished after 6 of 6 steps" in (trained / "report.html").read_text("utf-8")
 
 
 def test_zero_3_makes_the_steps_of_plain_pytorch(config: Path, trained: Path) -> None:
@@ -201,6 +202,9 @@ def test_keeps_the_newest_checkpoints_and_the_best(config: Path) -> None:
     best = json.loads((run / "checkpoints" / "best.json").read_bytes())["checkpoint"]
     kept = {p.name for p in (run / "checkpoints").glob("step-*")}
     assert kept == {"step-00000005", "step-00000006", best}
+    # This run was not to draw.
+    assert not images(run)
+    assert not (run / "report.html").exists()
 
 
 @pytest.mark.parametrize(

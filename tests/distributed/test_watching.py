@@ -25,7 +25,7 @@ def steps_of(run: Path) -> list[int]:
 
 def test_a_run_without_gain_ends_early_says_so_and_goes_on_with_more_patience(config: Path) -> None:
     run = config.parent / "early"
-    settings = [f"run_dir={run}", "training.steps=12", "validation.every_steps=2"]
+    settings = [f"run_dir={run}", "training.steps=12", "validation.every_steps=2", "monitor.report=true"]
     settings += ["validation.early_stop_metric=exact_match", "validation.early_stop_patience=1"]
 
     # Two ranks and one task. So young a model has no sum right: the first validation is the best.

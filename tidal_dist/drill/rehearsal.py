@@ -21,6 +21,7 @@ from tidal_dist.drill.report import Report
 from tidal_dist.history.events import read_events
 from tidal_dist.launching import Launch, training_command
 from tidal_dist.training import checkpoint as ckpt
+from tidal_dist.training.commit import complete_checkpoints
 
 _POLL_SECONDS = 0.02
 _SAVES = 3  # in the undisturbed run: one before the kill, one to resume from elsewhere, one to compare with
@@ -250,7 +251,7 @@ class _Rehearsal:
             steps = newest_step(self.struck)
             if steps and not seen:
                 seen, first = [time.monotonic()], steps
-            if steps >= step and ckpt.complete_checkpoints(self.struck / "checkpoints"):
+            if steps >= step and complete_checkpoints(self.struck / "checkpoints"):
                 return (time.monotonic() - seen[0]) / max(1, steps - first)
         raise PartFailed(f"ended or stood still before step {step}: {self._last_words('killed')}")
 
@@ -272,7 +273,7 @@ class _Rehearsal:
         return int(match[1]) if match else None
 
     def _last_checkpoint(self, run: Path) -> Path:
-        found = ckpt.complete_checkpoints(run / "checkpoints")
+        found = complete_checkpoints(run / "checkpoints")
         if not found:
             raise PartFailed(f"{run / 'checkpoints'}: no complete checkpoint")
         return found[-1]

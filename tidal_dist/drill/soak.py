@@ -16,8 +16,7 @@ from tidal_dist.drill.evidence import newest_step, recorded_losses, rolling_hash
 from tidal_dist.errors import UserError
 from tidal_dist.history.log import ROLLING_HASH
 from tidal_dist.launching import Launch, command_on_this_machine
-from tidal_dist.training import checkpoint as ckpt
-from tidal_dist.training.commit import step_of
+from tidal_dist.training.commit import complete_checkpoints, step_of
 
 Moment = Literal["start", "step", "save", "validation"]
 # What a kill aims at; where it hits is seen afterwards.
@@ -229,7 +228,7 @@ class _Soak:
 
     def _resumable(self) -> int:
         """The step of the newest checkpoint; 0: there is none."""
-        found = ckpt.complete_checkpoints(self.struck / "checkpoints")
+        found = complete_checkpoints(self.struck / "checkpoints")
         return step_of(found[-1]) if found else 0
 
     def _launch(self, run: Path, ranks: int, background: bool) -> Launch:
@@ -291,8 +290,7 @@ class _Soak:
         checks["loss of every step"] = holds, found
         if same_ranks:
             ours, theirs = (
-                tensor_digests(ckpt.complete_checkpoints(run / "checkpoints")[-1])
-                for run in (self.straight, self.struck)
+                tensor_digests(complete_checkpoints(run / "checkpoints")[-1]) for run in (self.straight, self.struck)
             )
             found, holds = compare_tensors(ours, theirs)
             checks["weights and optimizer"] = holds, found

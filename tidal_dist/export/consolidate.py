@@ -11,7 +11,7 @@ from tidal_dist.config import load_config
 from tidal_dist.errors import CheckpointError
 from tidal_dist.export.package import PROBE, TOKENIZER, TRAINING, write_export
 from tidal_dist.training import checkpoint as ckpt
-from tidal_dist.training.commit import content_problem, step_of
+from tidal_dist.training.commit import best_checkpoint, complete_checkpoints, content_problem, step_of
 
 
 def find_checkpoint(path: Path, which: str) -> Path:
@@ -23,13 +23,13 @@ def find_checkpoint(path: Path, which: str) -> Path:
     if (path / ckpt.STATE).is_file():
         return path
     folder = path / "checkpoints"
-    complete = ckpt.complete_checkpoints(folder)
+    complete = complete_checkpoints(folder)
     if not complete:
         raise CheckpointError(f"{path}: neither a checkpoint nor a run with a complete one in {folder}")
     if which == "last":
         return complete[-1]
     if which == "best":
-        return ckpt.best_checkpoint(folder) or complete[-1]
+        return best_checkpoint(folder) or complete[-1]
     steps = {str(step_of(p)): p for p in complete}
     if which not in steps:
         raise CheckpointError(f"{folder}: no checkpoint of step {which}; there are {', '.join(steps)}")

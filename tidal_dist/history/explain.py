@@ -64,8 +64,9 @@ def as_text(report: dict[str, Any]) -> str:
 def _ranks_of(folder: Path) -> int | None:
     """How many ranks wrote the newest checkpoint of a run."""
     from tidal_dist.training import checkpoint as ckpt
+    from tidal_dist.training.commit import complete_checkpoints
 
-    complete = ckpt.complete_checkpoints(folder / "checkpoints")
+    complete = complete_checkpoints(folder / "checkpoints")
     return ckpt.load_state(complete[-1]).ranks if complete else None
 
 

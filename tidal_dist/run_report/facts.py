@@ -15,6 +15,7 @@ from tidal_dist.history.log import Line, read_log
 from tidal_dist.history.past import run_config
 from tidal_dist.history.scalars import Scalars, curve, read_scalars
 from tidal_dist.training import checkpoint as ckpt
+from tidal_dist.training.commit import complete_checkpoints
 
 # What time is spent on, and how that is named for people.
 TIMES = {
@@ -185,7 +186,7 @@ def _checkpoints(folder: Path) -> list[Kept]:
     for file, what in (("best.json", "best generation"), ("best-loss.json", "lowest validation loss")):
         name = _read_json(folder / file).get("checkpoint")
         marks.setdefault(str(name), []).append(what)
-    return [_kept(path, marks.get(path.name, [])) for path in ckpt.complete_checkpoints(folder)]
+    return [_kept(path, marks.get(path.name, [])) for path in complete_checkpoints(folder)]
 
 
 def _kept(checkpoint: Path, marks: Sequence[str]) -> Kept:

@@ -23,7 +23,7 @@ from tidal_dist.errors import GuardError
 from tidal_dist.history.events import read_events
 from tidal_dist.training import checkpoint as ckpt
 from tidal_dist.training import engine as ds
-from tidal_dist.training.commit import discard_after, step_of
+from tidal_dist.training.commit import complete_checkpoints, discard_after, step_of
 from tidal_dist.training.guard import BadStep
 from tidal_dist.training.run import Run
 from tidal_dist.training.state import RunState
@@ -111,7 +111,7 @@ def go_back(run: Run, state: RunState) -> RunState:
 
 def checkpoint_before(folder: Path, step: int) -> Path | None:
     """The newest checkpoint from before a step, else the newest one."""
-    found = ckpt.complete_checkpoints(folder)
+    found = complete_checkpoints(folder)
     before = [path for path in found if step_of(path) < step]
     return next(reversed(before or found), None)
 

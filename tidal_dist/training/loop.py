@@ -194,7 +194,9 @@ def _validate(run: Run, state: RunState, early_stop: EarlyStop) -> None:
     any_rank = run.watch.meeting.any_rank
     loss, bits = validation_loss(engine, data.validation, any_rank)
     outcomes = validation_generation(engine.module, tokenizer, data.tasks, (run.rank, run.world), any_rank)
-    pictures = validation_pictures(engine.module, tokenizer, data.pictured, draws=run.rank == 0)
+    pictures: dict[str, bytes] = {}
+    if run.config.monitor.pictures:
+        pictures = validation_pictures(engine.module, tokenizer, data.pictured, draws=run.rank == 0)
     engine.train()
     metrics = {"validation/loss": loss, "validation/bits_per_byte": bits} | generation_metrics(outcomes)
     monitor.scalars(step, metrics)
