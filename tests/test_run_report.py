@@ -110,7 +110,7 @@ def _make_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "weights").write_bytes(bytes(2_500_000))
     (folder.parent / "best.json").write_text(json.dumps({"checkpoint": folder.name}))
     made = Provenance("r", "c", 6, 60, "h", "m", "t", "s", "fp32", 1.0, {"validation/loss": 1.23456})
-    monkeypatch.setattr(reading.ckpt, "complete_checkpoints", lambda _: [folder])
+    monkeypatch.setattr(reading, "complete_checkpoints", lambda _: [folder])
     monkeypatch.setattr(reading.ckpt, "load_state", lambda _: ckpt.TrainingState(made, 2, "o", 1.0))
 
 
