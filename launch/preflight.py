@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from tidal_dist.cluster.discovery import discover
 from tidal_dist.cluster.preflight.trial import MARK
 from tidal_dist.training.interrupts import LostRanks
 
@@ -29,6 +30,7 @@ def main() -> int:
         from tidal_dist.training import engine
 
         config = load_config(arguments.config, arguments.overrides)
+        discover(Path(config.run_dir))
         with engine.process_group(config.training, Path(config.run_dir)) as (rank, _):
             found = measure(Path(config.run_dir), engine.device())
             if rank == 0:

@@ -217,6 +217,17 @@ def test_a_run_folder_of_the_same_name_is_not_a_shared_one(tmp_path: Path) -> No
     assert "mount the same file system" in report.failed[0].remedy
 
 
+def test_an_interrupted_preflight_leaves_no_file(tmp_path: Path) -> None:
+    def interrupt(_: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    played = Played(edits={"node1": interrupt})
+    with pytest.raises(KeyboardInterrupt):
+        checked(tmp_path, played, hosts=2)
+    assert [name for _, name in played.asked].count("look") == 2
+    assert played.left == set()
+
+
 def test_a_run_that_cannot_be_laid_out_is_a_no_go(tmp_path: Path) -> None:
     report = checked(tmp_path, Played(), hosts=5)
     assert [(row.host, row.check) for row in report.failed] == [(EVERYWHERE, "layout")]

@@ -1,5 +1,6 @@
 """`deepspeed --hostfile H launch/train.py --config C` as it stands, on two hosts, through each launcher there is."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from tests.hosts import slurm
 from tests.hosts.cluster import Cluster
 from tests.hosts.namespaces import PATH, Command
 from tests.launching import launched, prepare_sums
+from tidal_dist.cluster.preflight.trial import MARK
 from tidal_dist.drill.evidence import recorded_losses
 from tidal_dist.history.events import read_events
 
@@ -82,8 +84,8 @@ def test_without_ssh(cluster: Cluster, config: Path, on_one_host: dict[int, floa
 
 
 @pytest.mark.parametrize(("launcher", "program"), [("openmpi", "mpirun.openmpi"), ("mpich", "mpirun.mpich")])
-def test_mpirun(cluster: Cluster, tmp_path: Path, launcher: str, program: str) -> None:
-    """Ranks meet; that they train as others do need not be seen for each launcher."""
+def test_mpirun(cluster: Cluster, config: Path, tmp_path: Path, launcher: str, program: str) -> None:
+    """Ranks meet and do what preflight has them do; that they train as others do need not be seen for each launcher."""
     if shutil.which(program) is None:
         pytest.skip(f"no {program} (package {launcher}-bin or {launcher}) here")
     # Whichever MPI the machine calls `mpirun`, here it is this one.
@@ -92,11 +94,13 @@ def test_mpirun(cluster: Cluster, tmp_path: Path, launcher: str, program: str) -
     mpirun.write_text(f'#!/bin/sh\nexec {program} "$@"\n')
     mpirun.chmod(0o755)
     env = AS_ROOT | {"PATH": f"{mpirun.parent}:/usr/sbin:/usr/bin:/bin"}
-    script = ["tests/hosts/joining.py", str(tmp_path / "run")]
+    script = ["launch/preflight.py", "--config", str(config), f"run_dir={tmp_path / 'run'}"]
     code, output = deepspeed(cluster, script, "--launcher", launcher, env=env)
     assert code == 0, output
-    said = [line for line in output.splitlines() if ", sum " in line]
-    assert sorted(said) == ["alpha: rank 0 of 2, sum 11", "beta: rank 1 of 2, sum 11"]
+    (found,) = [json.loads(line.partition(MARK)[2]) for line in output.splitlines() if MARK in line]
+    assert found["ranks"] == 2
+    assert list(found["pairs"]["median_by_host"]) == ["alpha", "beta"]
+    assert found["checkpoint"]["problem"] is None
 
 
 def test_slurm(cluster: Cluster, config: Path, on_one_host: dict[int, float], tmp_path: Path) -> None:

@@ -116,17 +116,22 @@ def look(
         host: json.dumps({**request, "reads": [*request["reads"](number)], "token": tokens.get(host)})
         for number, host in enumerate(hosts)
     }
-    command = there(*place, [sys.executable, "-", "look"])
     source = _NODE.read_text("utf-8")
     each = _WithOwnWord(transport, own)
-    for result in run_on_all(each, hosts, command, stdin=source, timeout=LOOK_SECONDS, at_once=at_once):
-        row = _lost(result, place[0])
-        if row:
-            asked.rows.append(row)
-        else:
-            asked.facts[result.host] = json.loads(result.out.splitlines()[-1])
-    if tokens and asked.facts:
-        _look_for_tokens(transport, tokens, asked, at_once)
+    try:
+        command = there(*place, [sys.executable, "-", "look"])
+        for result in run_on_all(each, hosts, command, stdin=source, timeout=LOOK_SECONDS, at_once=at_once):
+            row = _lost(result, place[0])
+            if row:
+                asked.rows.append(row)
+            else:
+                asked.facts[result.host] = json.loads(result.out.splitlines()[-1])
+        if tokens and asked.facts:
+            _look_for_tokens(transport, tokens, asked, at_once)
+    finally:
+        # Also what a host has left that was lost since, and where somebody has pressed Ctrl-C.
+        command = there(*place, [sys.executable, "-", "forget", request["run_dir"], *tokens.values()])
+        run_on_all(transport, list(tokens), command, stdin=source, timeout=FIND_SECONDS, at_once=at_once)
 
 
 def _lost(result: Result, folder: str) -> Row | None:
@@ -149,7 +154,7 @@ def _lost(result: Result, folder: str) -> Row | None:
 
 
 def _look_for_tokens(transport: Transport, tokens: dict[str, str], asked: Asked, at_once: int) -> None:
-    """Have all hosts look for the files that some left in the run folder, then have these remove them."""
+    """Have all hosts look for the files that some left in the run folder."""
     left = {host: tokens[host] for host in tokens if host in asked.facts}
     folder = usual({host: fact["run_folder"]["folder"] for host, fact in asked.facts.items()})
     source, hosts = _NODE.read_text("utf-8"), list(asked.facts)
@@ -159,8 +164,3 @@ def _look_for_tokens(transport: Transport, tokens: dict[str, str], asked: Asked,
             asked.rows.append(problem_row(result.host, "probe", result.problem))
         elif result.code == 0:
             asked.seen[result.host] = json.loads(result.out.splitlines()[-1])["seen"]
-    folders = {asked.facts[host]["run_folder"]["folder"] for host in left}
-    for folder in folders:
-        # Those too whose host was lost since.
-        command = [sys.executable, "-", "forget", folder, *tokens.values()]
-        run_on_all(transport, list(left), command, stdin=source, timeout=FIND_SECONDS, at_once=at_once)

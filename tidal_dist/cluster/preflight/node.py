@@ -2,7 +2,7 @@
 
     PYTHON - look REQUEST < node.py      what is there, as one JSON object; see `Request` in run.py
     PYTHON - find FOLDER TOKEN...        which of the tokens that other hosts wrote into the folder are seen here
-    PYTHON - forget FOLDER TOKEN...      removes them
+    PYTHON - forget RUN_DIR TOKEN...     removes them
 
 Standard library only, and nothing newer than Python 3.8. What is being done goes to standard error, so that it is known
 where a host hangs. Of variables only names and values that the request asks for are told, of secrets nothing.
@@ -222,11 +222,11 @@ def find(folder: str, *tokens: str) -> dict[str, Any]:
     return {"seen": [token for token in tokens if os.path.exists(os.path.join(folder, token))]}
 
 
-def forget(folder: str, *tokens: str) -> dict[str, Any]:
+def forget(run_dir: str, *tokens: str) -> dict[str, Any]:
     """Remove the files."""
     for token in tokens:
         with suppress(OSError):
-            os.unlink(os.path.join(folder, token))
+            (_existing(run_dir) / token).unlink()
     return {}
 
 
