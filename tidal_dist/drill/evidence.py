@@ -1,6 +1,8 @@
 """What a run left behind, in a form in which two runs can be compared."""
 
+import contextlib
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,9 @@ def tensor_digests(checkpoint: Path) -> dict[str, str]:
     digests: dict[str, str] = {}
     for file in sorted(checkpoint.glob("*.pt")):
         try:
-            content = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+            # The first one imports DeepSpeed, which writes a line.
+            with contextlib.redirect_stdout(sys.stderr):
+                content = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
         except Exception as error:  # of pickle, zip or whatever an object's own class raises
             raise CheckpointError(f"{file}: cannot read ({' '.join(str(error).split())})") from None
         digests |= dict(_digests(content, file.name))
