@@ -9,7 +9,7 @@ import pytest
 from tests.launching import light_command, prepare_sums, tidal_here
 from tidal_dist.drill.soak import Plan, soak
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # half a dozen launches each
 
 
 @pytest.fixture(scope="module")
