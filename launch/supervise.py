@@ -24,10 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from tidal_dist.cluster.attempt import Attempt, Ranks, RanksHere, RanksOfSrun
+from tidal_dist.cluster.attempt import Attempt, Ranks, RanksHere, RanksOfSrun, stop_signals_wait
 from tidal_dist.cluster.supervisor import UNFINISHED, USER_ERROR, is_finished, newest_step, run_once, supervise
 from tidal_dist.config import load_config
-from tidal_dist.training.interrupts import JOB_STARTED, STOP_SIGNALS
+from tidal_dist.training.interrupts import JOB_STARTED
 
 _TRAIN = Path(__file__).parent / "train.py"
 
@@ -57,10 +57,10 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
+@stop_signals_wait()
 def main(argv: Sequence[str] | None = None) -> int:
     """Supervise; 0 when the run is finished or was stopped on request, 2 for an error the user can mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         if argv[:1] == ["--run"]:
             return Attempt([os.path.expandvars(word) for word in argv[1:]], RanksHere()).run()
@@ -84,8 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return USER_ERROR
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import IO, Protocol
 
@@ -26,7 +26,13 @@ _PROSPECTS = (
 
 
 class Ranks(Protocol):
-    """The ranks that a command has started, wherever they are."""
+    """The ranks that a command has started, wherever they are.
+
+    Attributes:
+        by_command: whether signals reach them through the command, which must take them then.
+    """
+
+    by_command: bool
 
     def look(self, launcher: int) -> None:
         """See what there is, some times a second. launcher: the command's process."""
@@ -46,6 +52,8 @@ class Ranks(Protocol):
 
 class RanksHere:
     """The ranks on this host: the topmost processes below the command that have a local rank."""
+
+    by_command = False
 
     def __init__(self) -> None:
         self._ranks: set[int] = set()
@@ -87,6 +95,8 @@ class RanksHere:
 
 class RanksOfSrun(RanksHere):
     """Those that srun has started on other hosts: srun passes SIGUSR1 on, and answers other signals itself."""
+
+    by_command = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,9 +172,8 @@ class Attempt:
         return len(self._signals) >= len(_PROSPECTS)
 
     def _started(self) -> "subprocess.Popen[bytes]":
-        # A command that passes signals on must take them, unlike one that only this process hands them past.
-        takes_signals = isinstance(self._ranks, RanksOfSrun)
-        unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS) if takes_signals else None
+        # A command that only this process hands signals past keeps them blocked.
+        unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, STOP_SIGNALS) if self._ranks.by_command else None
         try:
             return subprocess.Popen(
                 self.command,
@@ -190,6 +199,16 @@ def send(pid: int, number: signal.Signals) -> None:
     """Give a process a signal, if it has not ended meanwhile."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+@contextmanager
+def stop_signals_wait() -> Iterator[None]:
+    """Requests to stop that come in the block wait for `wait_for_signal`, or for its end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def wait_for_signal(seconds: float) -> signal.Signals | None:

@@ -138,6 +138,15 @@ def read_env_file(path: Path) -> dict[str, str]:
     return found
 
 
+def kept_lines(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The lines of all files that the launcher reads, by variable.
+
+    Raises:
+        UserError: of `read_env_file`.
+    """
+    return {name: value for path in env_files(variables) for name, value in read_env_file(path).items()}
+
+
 def write_env_file(path: Path, environment: Mapping[str, str], kept: Mapping[str, str] | None = None) -> None:
     """Write a file from which every rank gets `environment` with the pdsh launcher.
 

@@ -94,9 +94,7 @@ class Job:
         environment |= {LAUNCH_ID: self._launch, JOB_STARTED: self._began}
         if not tells_address(request.launcher):
             environment |= {"MASTER_ADDR": network.address, "MASTER_PORT": str(network.port)}
-        kept: dict[str, str] = {}
-        for path in env.env_files(self._variables):
-            kept |= env.read_env_file(path)
+        kept = env.kept_lines(self._variables)
         arguments = launcher_arguments(
             Placement(placement.hosts, self._folder / HOSTFILE),
             request.launcher,

@@ -34,6 +34,8 @@ class RanksOfHosts:
         output: what the launcher writes, from here on. script: what the ranks run.
     """
 
+    by_command = False
+
     def __init__(
         self,
         transport: Transport,

@@ -3,7 +3,6 @@
 import argparse
 import os
 import shlex
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,10 +97,10 @@ def add_launch(sub: argparse.ArgumentParser) -> None:
 
 def launch(arguments: argparse.Namespace) -> int:
     """`tidal launch`; 0 when the run is finished or was stopped on request; in the second case 3 with `--requeue`."""
+    from tidal_dist.cluster.attempt import stop_signals_wait
     from tidal_dist.cluster.job import Job
     from tidal_dist.cluster.network import Network
     from tidal_dist.cluster.supervisor import UNFINISHED, is_finished, supervise
-    from tidal_dist.training.interrupts import STOP_SIGNALS
 
     check_range("--max-restarts", arguments.max_restarts, 0, float("inf"))
     check_range("--min-hosts", arguments.min_hosts, 1, float("inf"))
@@ -112,12 +111,9 @@ def launch(arguments: argparse.Namespace) -> int:
         first = next(iter(request.placement.hosts))
         network = Network(request.master_addr or first, request.master_port or 29500, {}, "")
         return print_report(arguments, *_shown(job.plan(request.placement, network, False)))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
+    with stop_signals_wait():
         code = supervise(request.config, job.start, arguments.max_restarts, arguments.pause)
         return UNFINISHED if arguments.requeue and code == 0 and not is_finished(request.config) else code
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _transport(arguments: argparse.Namespace, also_to_this_machine: bool = False) -> "Transport":

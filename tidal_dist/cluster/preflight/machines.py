@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
 
-from tidal_dist.cluster.preflight.rows import Row, Status, gigabytes, usual
-
-Facts = Mapping[str, Mapping[str, Any]]
+from tidal_dist.cluster.preflight.rows import Facts, Row, Status, gigabytes, usual
 
 _CLOCK_WARN_SECONDS, _CLOCK_FAIL_SECONDS = 1.0, 30.0
 _MIB = 1 << 20
@@ -153,12 +151,13 @@ def shard_rows(facts: Facts) -> Iterator[Row]:
     """Whether every host reads the same shards, and those that were sampled are what was written."""
     found = {host: fact["reads"] for host, fact in facts.items() if "config" in fact["reads"]}
     hashes = {host: reads["shards"] for host, reads in found.items() if "shards" in reads}
+    remedy = "copy the shards there anew, or mount what the others mount"
     for host, reads in found.items():
         if problem := reads.get("shards_problem"):
-            yield Row(host, "shards", "fail", problem, "copy the shards there anew, or mount what the others mount")
+            yield Row(host, "shards", "fail", problem, remedy)
         elif reads["shards"] != usual(hashes):
             text = f"other shards: manifest {reads['shards'][:12]}, on most hosts {usual(hashes)[:12]}"
-            yield Row(host, "shards", "fail", text, "copy the shards there anew, or mount what the others mount")
+            yield Row(host, "shards", "fail", text, remedy)
         else:
             text = f"manifest {reads['shards'][:12]}, {reads['members']} samples as they were written"
             yield Row(host, "shards", "ok", text)

@@ -1,18 +1,15 @@
 """Rows about what the run will need, as `tidal plan` reckons it, against what the hosts have."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from tidal_dist.cluster.hostfile import Host
-from tidal_dist.cluster.preflight.rows import EVERYWHERE, Row, gigabytes, usual
+from tidal_dist.cluster.preflight.rows import EVERYWHERE, Facts, Row, gigabytes, usual
 from tidal_dist.config import Config
 from tidal_dist.errors import UserError
 from tidal_dist.gpus import Gpu, recognised
 from tidal_dist.plan import ELEMENT_BYTES, Plan, plan
 from tidal_dist.planning.cluster import Assumptions, Cluster
-
-Facts = Mapping[str, Mapping[str, Any]]
 
 _MIB = 1 << 20
 _TIGHT = 0.9  # of what is there: what is reckoned may be wrong by so much

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 Status = Literal["ok", "warn", "fail"]
 EVERYWHERE = "all hosts"
 V = TypeVar("V", bound=Hashable)
+Facts = Mapping[str, Mapping[str, Any]]  # of `node.look`, by host
 
 
 @dataclass(frozen=True)

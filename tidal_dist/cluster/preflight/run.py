@@ -152,10 +152,8 @@ def _planned(request: Request, hosts: list[Host], facts: Mapping[str, Mapping[st
 
 def _env_file(environment: Mapping[str, str], report: Report, fix: bool) -> Row:
     """Whether the launcher alone would hand on what ranks need; writes its file if it is to."""
-    kept: dict[str, str] = {}
     try:
-        for path in env.env_files():
-            kept |= env.read_env_file(path)
+        kept = env.kept_lines()
         # Those that begin so the launcher hands on by itself.
         lacking = [name for name in environment if name not in kept and not name.startswith(_HANDED_ON)]
         if lacking and fix:

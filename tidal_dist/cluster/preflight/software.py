@@ -4,9 +4,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tidal_dist.cluster.preflight.rows import EVERYWHERE, Row, usual
-
-Facts = Mapping[str, Mapping[str, Any]]
+from tidal_dist.cluster.preflight.rows import EVERYWHERE, Facts, Row, usual
 
 # With another version of these, ranks do not understand each other.
 _MUST_AGREE = ("torch", "deepspeed")

@@ -4,21 +4,19 @@ import contextlib
 import io
 import json
 import shutil
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tidal_dist.cluster.attempt import TOO_LONG
+from tidal_dist.cluster.attempt import TOO_LONG, stop_signals_wait
 from tidal_dist.cluster.job import FOLDER as LAUNCH
 from tidal_dist.cluster.job import OUTPUT, Job, Request
 from tidal_dist.cluster.preflight.rows import EVERYWHERE, Row, gigabytes
 from tidal_dist.cluster.transport import Transport
 from tidal_dist.errors import UserError
 from tidal_dist.launching import TRAIN
-from tidal_dist.training.interrupts import STOP_SIGNALS
 
 MARK = "preflight found "
 FOLDER = ".preflight"  # in the run folder, while it lasts
@@ -60,17 +58,14 @@ def _started(request: Request, transport: Transport) -> tuple[int, str]:
     Raises:
         UserError: the hosts do not reach each other, or the launcher cannot be started.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     said = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
-    try:
+    with stop_signals_wait():
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             attempt = Job(request, transport).start(False)
             code = attempt.run()
         if attempt.requested:
             raise KeyboardInterrupt
         return code, said.buffer.getvalue().decode(errors="replace")
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
