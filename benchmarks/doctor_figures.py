@@ -29,7 +29,8 @@ from data_pipeline.stream import batch_of_rows
 from data_pipeline.tokenizer import BOS, MixedTokenizer
 from tidal_dist.export.package import Exported, load_export
 from tidal_dist.generation import decoder
-from tidal_dist.generation.decoder import Decoder, Limits
+from tidal_dist.generation.decoder import Decoder
+from tidal_dist.generation.request import Limits
 from tidal_dist.generation.sampling import GREEDY
 from tidal_dist.model import transformer
 from tidal_dist.model.attention import Biases, Scoring

@@ -18,8 +18,8 @@ from data_pipeline.files import replace_file
 from tidal_dist.config import Config, load_config
 from tidal_dist.export.consolidate import export
 from tidal_dist.export.package import load_export
-from tidal_dist.generation.decoder import Decoder, Limits
-from tidal_dist.generation.sampling import GREEDY
+from tidal_dist.generation.engine import Engine
+from tidal_dist.generation.request import Limits, requests_of
 from tidal_dist.launching import local_ranks, training_command
 
 _EXAMPLES = ["12 + 34 =", "999 + 1 =", "5000 - 4999 =", "17 - 4242 =", "-31 + 64 =", "9876 + 5432 ="]
@@ -101,8 +101,8 @@ def run(config: Config, config_file: str, overrides: list[str], ranks: int, prob
 def exact_match(folder: Path, problems: list[tuple[str, str]]) -> float:
     """Share of (prompt, answer) that the exported model answers exactly, `<eos>` included."""
     exported = load_export(folder)
-    decoder = Decoder(exported.model, exported.tokenizer)
-    results = decoder.generate_in_batches([p for p, _ in problems], GREEDY, Limits(max_bytes=16), batch_size=250)
+    engine = Engine(exported.model, exported.tokenizer, batch_size=250)
+    results = engine.run(requests_of([p for p, _ in problems], limits=Limits(max_bytes=16)))
     right = [r.text == answer and r.finish == "eos" for r, (_, answer) in zip(results, problems, strict=True)]
     return sum(right) / len(right)
 

@@ -16,7 +16,10 @@ from data_pipeline.segmentation import off_canonical_joins, segment
 from data_pipeline.stream import batch_of_rows
 from data_pipeline.tokenizer import EOB, EOS, OUTPUT_VOCABULARY
 from tests.builders import small_model, small_tokenizer
-from tidal_dist.generation.decoder import Decoder, Generation, Limits
+from tidal_dist.generation.decoder import Decoder
+from tidal_dist.generation.engine import Engine
+from tidal_dist.generation.events import Generation
+from tidal_dist.generation.request import Limits, Request
 from tidal_dist.generation.sampling import GREEDY, Sampling, choose, keep
 from tidal_dist.generation.utf8 import allowed, block_text
 from tidal_dist.model.transformer import TidalTransformer
@@ -60,17 +63,21 @@ def generate_with_logits(
     model: TidalTransformer, prompts: Sequence[str], sampling: Sampling | list[Sampling], limits: Limits
 ) -> tuple[list[Generation], list[torch.Tensor]]:
     """Generations, and for each prompt the logits of every char as the cached passes computed them."""
+    engine = Engine(model, TOKENIZER, batch_size=len(prompts))
+    each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+    jobs = [engine.submit(Request(p, s, limits)) for p, s in zip(prompts, each, strict=True)]
     logits: list[list[torch.Tensor]] = [[] for _ in prompts]
 
     def record(_: object, inputs: tuple, output: torch.Tensor) -> None:
-        for row, document in enumerate(inputs[1].document[:, -1].tolist()):
-            if document:
-                logits[row].append(output[row, -1])
+        for row, job in enumerate(engine.jobs_of_pass):
+            if inputs[1].document[row, -1]:
+                logits[jobs.index(job)].append(output[row, -1])
 
     hook = model.register_forward_hook(record)
-    generations = Decoder(model, TOKENIZER).generate(prompts, sampling, limits)
+    while engine.has_work:
+        engine.step()
     hook.remove()
-    return generations, [torch.stack(rows) for rows in logits]
+    return [job.generation for job in jobs], [torch.stack(rows) for rows in logits]
 
 
 def samplings(prompts: Sequence[str], temperature: float = 1.0) -> list[Sampling]:
@@ -328,13 +335,13 @@ class TestAllowed:
 logits_lists = st.lists(st.integers(-800, 800).map(lambda i: i / 100), min_size=2, max_size=20, unique=True)
 
 
-def kept(logits: torch.Tensor) -> set[int]:
-    return set(torch.isfinite(logits).nonzero()[:, 0].tolist())
+def kept(logits: np.ndarray) -> set[int]:
+    return set(np.flatnonzero(np.isfinite(logits)).tolist())
 
 
-def nucleus(logits: torch.Tensor, ids: set[int], p: float) -> set[int]:
+def nucleus(logits: np.ndarray, ids: set[int], p: float) -> set[int]:
     """The fewest of the likeliest of `ids` whose probabilities, among `ids`, reach p."""
-    weights = {i: float(logits[i].double().exp()) for i in ids}
+    weights = {i: float(np.exp(logits[i])) for i in ids}
     chosen: set[int] = set()
     reached = 0.0
     for i in sorted(ids, key=lambda i: -weights[i]):
@@ -349,58 +356,58 @@ def nucleus(logits: torch.Tensor, ids: set[int], p: float) -> set[int]:
 class TestSampling:
     @given(logits_lists, st.integers(0, 25))
     def test_top_k_keeps_the_k_likeliest_as_they_were(self, values: list[float], k: int):
-        logits = torch.tensor(values)
-        result = keep(logits, k, 1.0)
+        logits = np.array(values)
+        result = keep(logits, k, 1.0, 0.0)
         expected = sorted(range(len(values)), key=lambda i: -values[i])[: k or None]
         assert kept(result) == set(expected)
         assert result[expected].tolist() == logits[expected].tolist()
 
     @given(logits_lists, st.integers(0, 25), st.floats(0.01, 0.99))
     def test_top_p_keeps_the_nucleus_of_the_top_k(self, values: list[float], k: int, p: float):
-        logits = torch.tensor(values)
-        result = keep(logits, k, p)
-        expected = nucleus(logits, kept(keep(logits, k, 1.0)), p)
+        logits = np.array(values)
+        result = keep(logits, k, p, 0.0)
+        expected = nucleus(logits, kept(keep(logits, k, 1.0, 0.0)), p)
         assert kept(result) == expected
         assert result[sorted(expected)].tolist() == logits[sorted(expected)].tolist()
 
     @given(logits_lists)
     def test_smallest_nucleus_is_the_likeliest(self, values: list[float]):
-        assert kept(keep(torch.tensor(values), 0, 0.0)) == {int(np.argmax(values))}
+        assert kept(keep(np.array(values), 0, 1e-9, 0.0)) == {int(np.argmax(values))}
 
     @given(logits_lists, st.data())
     def test_excluded_ids_are_never_kept_nor_chosen(self, values: list[float], data: st.DataObject):
         excluded = data.draw(st.sets(st.integers(0, len(values) - 1), max_size=len(values) - 1))
-        logits = torch.tensor(values)
-        logits[list(excluded)] = -torch.inf
+        logits = np.array(values)
+        logits[list(excluded)] = -np.inf
         sampling = Sampling(
             temperature=data.draw(st.sampled_from([0.0, 0.5, 2.0, 50.0])),
             top_k=data.draw(st.integers(0, 25)),
             top_p=data.draw(st.sampled_from([0.1, 0.9, 1.0])),
         )
-        generator = torch.Generator().manual_seed(1)
+        generator = np.random.default_rng(1)
         assert not {choose(logits, sampling, generator) for _ in range(20)} & excluded
 
     @given(logits_lists)
     def test_temperature_0_is_the_argmax_and_draws_nothing(self, values: list[float]):
-        generator = torch.Generator().manual_seed(1)
-        before = generator.get_state()
-        assert choose(torch.tensor(values), Sampling(top_k=3, top_p=0.5), generator) == int(np.argmax(values))
-        assert torch.equal(generator.get_state(), before)
+        generator = np.random.default_rng(1)
+        before = generator.bit_generator.state
+        assert choose(np.array(values), Sampling(top_k=3, top_p=0.5), generator) == int(np.argmax(values))
+        assert generator.bit_generator.state == before
 
     @settings(max_examples=20)
     @given(logits_lists, st.integers(0, 2**40))
     def test_equal_seeds_choose_alike(self, values: list[float], seed: int):
         sampling = Sampling(temperature=1.5, top_k=5, top_p=0.9, seed=seed)
-        first, second = (torch.Generator().manual_seed(seed) for _ in range(2))
-        logits = torch.tensor(values)
+        first, second = (np.random.default_rng(seed) for _ in range(2))
+        logits = np.array(values)
         assert [choose(logits, sampling, first) for _ in range(9)] == [
             choose(logits, sampling, second) for _ in range(9)
         ]
 
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
     def test_frequencies_are_those_of_the_softmax(self, temperature: float):
-        logits = torch.tensor([1.0, 0.0, -1.0, -torch.inf])
-        generator = torch.Generator().manual_seed(0)
-        draws = torch.tensor([choose(logits, Sampling(temperature=temperature), generator) for _ in range(4000)])
-        frequencies = draws.bincount(minlength=4) / len(draws)
-        torch.testing.assert_close(frequencies, (logits / temperature).softmax(dim=-1), rtol=0.0, atol=0.03)
+        logits = np.array([1.0, 0.0, -1.0, -np.inf])
+        generator = np.random.default_rng(0)
+        draws = [choose(logits, Sampling(temperature=temperature), generator) for _ in range(4000)]
+        weights = np.exp(logits / temperature)
+        np.testing.assert_allclose(np.bincount(draws, minlength=4) / len(draws), weights / weights.sum(), atol=0.03)

@@ -13,7 +13,8 @@ from data_pipeline.shards import Manifest, ShardWriter, write_manifest
 from tests.builders import small_model, small_tokenizer
 from tests.mixed_shards import sums, tides
 from tidal_dist.config import ValidationConfig
-from tidal_dist.generation.decoder import Decoder, Limits
+from tidal_dist.generation.decoder import Decoder
+from tidal_dist.generation.request import Limits
 from tidal_dist.generation.utf8 import allowed
 from tidal_dist.training import validation
 from tidal_dist.training.validation import (

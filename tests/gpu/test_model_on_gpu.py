@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.builders import document_of, packed, small_model, small_tokenizer
-from tidal_dist.generation.decoder import Decoder, Limits
+from tidal_dist.generation.decoder import Decoder
+from tidal_dist.generation.request import Limits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

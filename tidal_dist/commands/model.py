@@ -80,8 +80,9 @@ def verify(arguments: argparse.Namespace) -> int:
 def generate(arguments: argparse.Namespace) -> int:
     """`tidal generate`."""
     from tidal_dist.export.package import load_export
-    from tidal_dist.generation.decoder import Decoder, Limits
+    from tidal_dist.generation.engine import Engine
     from tidal_dist.generation.report import as_object, as_text
+    from tidal_dist.generation.request import Limits, requests_of
     from tidal_dist.generation.sampling import Sampling
 
     check_range("--temperature", arguments.temperature, 0.0, float("inf"))
@@ -93,9 +94,9 @@ def generate(arguments: argparse.Namespace) -> int:
     prompts = _prompts(arguments)
     exported = load_export(arguments.export)
     device = _device(arguments.device)
-    decoder = Decoder(exported.model.to(device), exported.tokenizer, device)
+    engine = Engine(exported.model.to(device), exported.tokenizer, device, arguments.batch_size)
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    results = decoder.generate_in_batches(prompts, sampling, Limits(arguments.max_bytes), arguments.batch_size)
+    results = engine.run(requests_of(prompts, sampling, Limits(arguments.max_bytes)))
     for prompt, result in zip(prompts, results, strict=True):
         if arguments.json:
             print(json.dumps(as_object(prompt, result, arguments.trace), ensure_ascii=False), flush=True)

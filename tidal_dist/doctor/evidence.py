@@ -21,7 +21,7 @@ from tidal_dist.doctor import oracle
 from tidal_dist.doctor.follow import Followed, follow
 from tidal_dist.doctor.sizes import Sizes
 from tidal_dist.doctor.subject import Subject, reader_of
-from tidal_dist.generation.decoder import Limits
+from tidal_dist.generation.request import Limits
 from tidal_dist.model.transformer import TidalTransformer
 
 _MAX_ORACLE_TOKENS = 1024  # the oracle's cost grows with the square of the context

@@ -1,6 +1,7 @@
 """The decoder that users get, watched, and told what to write: what it feeds to the model, and what that answers."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -8,8 +9,9 @@ import torch
 
 from data_pipeline.layout import NO_DOCUMENT, Slots
 from data_pipeline.tokenizer import EOS, OUTPUT_VOCABULARY, MixedTokenizer
-from tidal_dist.generation.decoder import Decoder, Generation, Limits
-from tidal_dist.generation.sampling import GREEDY
+from tidal_dist.generation.engine import Engine, Job
+from tidal_dist.generation.events import Generation
+from tidal_dist.generation.request import Limits, Request
 from tidal_dist.model.transformer import TidalTransformer
 
 
@@ -33,15 +35,33 @@ class Followed:
 
 
 @dataclass
+class _Record:
+    """What one sequence was fed and answered so far."""
+
+    tokens: list[Slots] = field(default_factory=list)
+    chars: list[Slots] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    def dictated(self, ids: list[int]) -> int:
+        """The id to write next; the document ends behind the last."""
+        return ids[len(self.logits) - 1] if len(self.logits) <= len(ids) else EOS
+
+
+@dataclass
 class _Tap:
-    """Stands for the model in a decoder: passes everything on, keeps a record, and may dictate the choice.
+    """Stands for the model in an engine: passes everything on, keeps a record, and may dictate the choice.
 
     What is dictated is fed to its end, also where the model cannot take it: what was fed says why.
+
+    Attributes:
+        jobs: the requests in the order of the prompts. rows: says which jobs the rows of the pass at hand are.
     """
 
     model: TidalTransformer
     dictation: list[list[int]] | None
-    passes: list[tuple[Slots, Slots, torch.Tensor]] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    rows: Callable[[], list[Job]] = list
+    records: dict[int, _Record] = field(default_factory=lambda: defaultdict(_Record))
     modules_in_training: int = 0
     error: str = ""
 
@@ -51,14 +71,16 @@ class _Tap:
     def __call__(self, tokens: Slots, chars: Slots, past: Any) -> torch.Tensor:
         logits = self._answer(tokens, chars, past)
         self.modules_in_training = max(self.modules_in_training, sum(m.training for m in self.model.modules()))
-        record = (tokens.map(torch.Tensor.cpu), chars.map(torch.Tensor.cpu), logits[:, -1].double().cpu())
-        self.passes.append(record)
-        if self.dictation is None:
-            return logits
         choice = torch.zeros_like(logits)
-        for i, ids in enumerate(self.dictation):
-            choice[i, -1, ids[len(self.passes) - 1] if len(self.passes) <= len(ids) else EOS] = 1.0
-        return choice
+        for row, job in enumerate(self.rows()):
+            i = self.jobs.index(job)
+            record, fed = self.records[i], _own(chars, row)
+            record.tokens.append(_own(tokens, row))
+            record.chars.append(fed)
+            record.logits.append(logits[row, -1:].double().cpu()[: len(fed.ids)])
+            if self.dictation is not None:
+                choice[row, -1, record.dictated(self.dictation[i])] = 1.0
+        return logits if self.dictation is None else choice
 
     def _answer(self, tokens: Slots, chars: Slots, past: Any) -> torch.Tensor:
         try:
@@ -81,25 +103,27 @@ def follow(
     """Decode a batch of prompts greedily.
 
     Args:
-        prompts: texts or lists of blocks, as `Decoder.generate` takes them.
+        prompts: texts or lists of blocks.
         dictation: for each prompt the ids (bytes and end marks) to write instead of the model's own choice.
     """
     tap = _Tap(model, dictation)
-    results = Decoder(cast(TidalTransformer, tap), tokenizer, device).generate(prompts, GREEDY, limits)
-    return [_sequence(tap, i, result) for i, result in enumerate(results)]
+    engine = Engine(cast(TidalTransformer, tap), tokenizer, device, max(len(prompts), 1))
+    tap.jobs = [engine.submit(Request(prompt, limits=limits)) for prompt in prompts]
+    tap.rows = lambda: engine.jobs_of_pass
+    while engine.has_work:
+        engine.step()
+    return [_followed(tap, i) for i in range(len(prompts))]
 
 
-def _sequence(tap: _Tap, i: int, result: Generation) -> Followed:
-    """What sequence `i` of the batch was fed and answered, padding left out."""
-    tokens = [_own(fed, i) for fed, _, _ in tap.passes]
-    chars = [_own(fed, i) for _, fed, _ in tap.passes]
-    logits = [answer[i][None][: len(c.ids)] for c, (_, _, answer) in zip(chars, tap.passes, strict=True)]
-    return Followed(_joined(tokens), _joined(chars), torch.cat(logits), result, tap.modules_in_training, tap.error)
+def _followed(tap: _Tap, i: int) -> Followed:
+    record, result = tap.records[i], tap.jobs[i].generation
+    logits = torch.cat(record.logits)
+    return Followed(_joined(record.tokens), _joined(record.chars), logits, result, tap.modules_in_training, tap.error)
 
 
-def _own(slots: Slots, i: int) -> Slots:
-    """The slots of row `i` that are no padding."""
-    return slots.at((i, slots.document[i] != NO_DOCUMENT))
+def _own(slots: Slots, row: int) -> Slots:
+    """The slots of a row that are no padding, on the CPU."""
+    return slots.at((row, slots.document[row] != NO_DOCUMENT)).map(torch.Tensor.cpu)
 
 
 def _joined(parts: list[Slots]) -> Slots:

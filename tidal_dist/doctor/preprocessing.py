@@ -11,7 +11,7 @@ from tidal_dist.doctor.evidence import Case, Evidence
 from tidal_dist.doctor.follow import follow
 from tidal_dist.doctor.report import Finding
 from tidal_dist.doctor.subject import Subject
-from tidal_dist.generation.decoder import Limits
+from tidal_dist.generation.request import Limits
 
 
 def tokenizer_hash(subject: Subject) -> Finding:

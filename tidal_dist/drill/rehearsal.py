@@ -193,7 +193,8 @@ class _Rehearsal:
     def probed(self) -> None:
         """The export, loaded as users load it."""
         from tidal_dist.export.package import load_export, verify_export
-        from tidal_dist.generation.decoder import Decoder, Limits
+        from tidal_dist.generation.decoder import Decoder
+        from tidal_dist.generation.request import Limits
 
         self.say("probe")
         loss = verify_export(self.folder / "export")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tidal_dist.generation.decoder import Generation
+from tidal_dist.generation.events import Generation
 
 
 def as_object(prompt: str, result: Generation, with_trace: bool) -> dict[str, Any]:

@@ -76,29 +76,31 @@ def _bias(visible: torch.Tensor, query: Slots, key: Slots, scoring: Scoring) -> 
     return alibi_bias(*positions, scoring.alibi_heads, scoring.dtype).masked_fill_(~visible, floor)
 
 
-def biases(
-    tokens: Slots, chars: Slots, key_tokens: Slots, key_chars: Slots, longest_run: int, scoring: Scoring
-) -> Biases:
-    """All biases of one pass.
+def biases(tokens: Slots, chars: Slots, longest_run: int, scoring: Scoring) -> Biases:
+    """All biases of one pass over whole rows.
 
     Args:
-        tokens, chars: the slots that ask; key_tokens, key_chars: those that are asked, cached ones included.
         longest_run: W, char slots of the longest block, `<bob>` included.
     """
-    n_chars, n_keys = chars.ids.shape[1], key_chars.ids.shape[1]
-    # A decoding pass has few chars, and keys in other slots than its queries.
-    size = longest_run * _RUNS_PER_GROUP if n_keys == n_chars else max(n_chars, 1)
+    n_chars, size = chars.ids.shape[1], longest_run * _RUNS_PER_GROUP
     groups = []
     for start in range(0, n_chars, size):
         asking = slice(start, min(start + size, n_chars))
-        asked = slice(max(start - longest_run, 0), asking.stop) if n_keys == n_chars else slice(0, n_keys)
+        asked = slice(max(start - longest_run, 0), asking.stop)
         query = chars.map(lambda a, s=asking: a[:, s])
-        visible = _visible(query, key_tokens, scoring)
+        visible = _visible(query, tokens, scoring)
         seen = _seen(visible)
-        on_tokens = _bias(visible[:, :, seen], query, key_tokens.map(lambda a, s=seen: a[:, s]), scoring)
-        on_chars = bias(query, key_chars.map(lambda a, s=asked: a[:, s]), scoring)
+        on_tokens = _bias(visible[:, :, seen], query, tokens.map(lambda a, s=seen: a[:, s]), scoring)
+        on_chars = bias(query, chars.map(lambda a, s=asked: a[:, s]), scoring)
         groups.append(Group(asking, seen, asked, torch.cat([on_tokens, on_chars], dim=-1)))
-    return Biases(bias(tokens, key_tokens, scoring), groups)
+    return Biases(bias(tokens, tokens, scoring), groups)
+
+
+def cached_bias(tokens: Slots, chars: Slots, key_tokens: Slots, key_chars: Slots, scoring: Scoring) -> torch.Tensor:
+    """Bias of a decoding pass, (B, 1 or H, T + C, K): tokens, then chars, on all cached chars, then all tokens."""
+    asking = [query for query in (tokens, chars) if query.ids.shape[1]]
+    rows = [torch.cat([bias(query, key, scoring) for key in (key_chars, key_tokens)], dim=-1) for query in asking]
+    return torch.cat(rows, dim=2)
 
 
 def _seen(visible: torch.Tensor) -> slice:
@@ -107,6 +109,15 @@ def _seen(visible: torch.Tensor) -> slice:
         return slice(0, visible.shape[2])
     columns = visible.any(dim=1).any(dim=0).nonzero()
     return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 0)
+
+
+def attend_cached(
+    q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], cached_bias: torch.Tensor, first: int
+) -> torch.Tensor:
+    """The slots from `first` on, of a decoding pass, over the cache: q (B, H, Q, D), kv (B, H, K, D) -> (B, H, Q, D)."""
+    if not q.shape[2]:  # a pass may feed no tokens: the layers below the chars then have nothing to do
+        return q
+    return F.scaled_dot_product_attention(q, *kv, attn_mask=cached_bias[:, :, first : first + q.shape[2]])
 
 
 def attend_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,15 @@ from torch import nn
 from data_pipeline.layout import IGNORED, NO_PLACE, Slots, place_count
 from data_pipeline.tokenizer import OUTPUT_VOCABULARY
 from tidal_dist.config import ModelConfig
-from tidal_dist.model.attention import Biases, Scoring, attend_chars, attend_tokens, biases
+from tidal_dist.model.attention import (
+    Biases,
+    Scoring,
+    attend_cached,
+    attend_chars,
+    attend_tokens,
+    biases,
+    cached_bias,
+)
 from tidal_dist.model.positions import rope_angles, rotate
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -23,11 +31,13 @@ Checkpoint = Callable[..., torch.Tensor]
 class Past(Protocol):
     """What was computed in earlier passes of a generation; keys come with their slots."""
 
-    def extend_slots(self, tokens: Slots, chars: Slots) -> tuple[Slots, Slots]:
-        """Take up this pass's slots; the slots of all keys, cached and new."""
+    skips_empty_layers: bool  # layers that have nothing to do need not be called
 
-    def extend(self, layer: int, tokens: KeysValues, chars: KeysValues | None) -> tuple[KeysValues, KeysValues | None]:
-        """Take up a layer's keys and values (B, H, K, D) of this pass; those of all keys."""
+    def extend_slots(self, tokens: Slots, chars: Slots) -> tuple[Slots, Slots]:
+        """Take up this pass's slots; the slots of all keys, tokens and chars, cached and new."""
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> KeysValues:
+        """Take up a layer's keys and values (B, H, N, D) of this pass; those of all keys, chars before tokens."""
 
     def extend_handoff(self, state: torch.Tensor, tokens: Slots, chars: Slots) -> torch.Tensor:
         """Take up token states (B, T, width) of this pass; for each char the state of its last context token."""
@@ -92,7 +102,7 @@ class Layer(nn.Module):
         self,
         x: torch.Tensor,
         n_tokens: int,
-        biases: Biases,
+        biases: Biases | torch.Tensor,
         angles: KeysValues | None,
         past: Past | None,
     ) -> torch.Tensor:
@@ -115,21 +125,26 @@ class Layer(nn.Module):
         return rotate(q, (cos[:, :, first:n], sin[:, :, first:n])), rotate(k, (cos[:, :, :n], sin[:, :, :n]))
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_tokens: int, biases: Biases, past: Past | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        n_tokens: int,
+        biases: Biases | torch.Tensor,
+        past: Past | None,
     ) -> torch.Tensor:
-        token_kv: KeysValues = (k[:, :, :n_tokens], v[:, :, :n_tokens])
-        has_chars = k.shape[2] > n_tokens
-        char_kv: KeysValues | None = (k[:, :, n_tokens:], v[:, :, n_tokens:]) if has_chars else None
         if past is not None:
-            token_kv, char_kv = past.extend(self.index, token_kv, char_kv)
+            assert isinstance(biases, torch.Tensor)
+            return attend_cached(q, past.extend(self.index, k, v), biases, k.shape[2] - q.shape[2])
+        assert isinstance(biases, Biases)
+        token_kv: KeysValues = (k[:, :, :n_tokens], v[:, :, :n_tokens])
         outputs = []
-        if not self.is_last and n_tokens:
+        if not self.is_last:
             outputs.append(attend_tokens(q[:, :, :n_tokens], *token_kv, biases.token))
-        if char_kv is not None:
+        if k.shape[2] > n_tokens:
             q_c = q if self.is_last else q[:, :, n_tokens:]
-            outputs.append(attend_chars(q_c, token_kv, char_kv, biases.groups))
-        # A decoding pass may feed no tokens: the layers below the chars then have nothing to do.
-        return torch.cat(outputs, dim=2) if outputs else q
+            outputs.append(attend_chars(q_c, token_kv, (k[:, :, n_tokens:], v[:, :, n_tokens:]), biases.groups))
+        return torch.cat(outputs, dim=2)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, width) -> (B, H, N, D)."""
@@ -179,7 +194,8 @@ class TidalTransformer(nn.Module):
                 if config.has_handoff:
                     entering = entering + self._hand_off(x, tokens, chars, past)
                 x = torch.cat([x, entering], dim=1)
-            x = self._run(i, layer, x, n_tokens, *prepared, past)
+            if x.shape[1] or past is None or not past.skips_empty_layers:
+                x = self._run(i, layer, x, n_tokens, *prepared, past)
         hidden = self.norm(x)
         if labels is None:
             return self.output(hidden)
@@ -204,13 +220,16 @@ class TidalTransformer(nn.Module):
 
     def prepare(
         self, tokens: Slots, chars: Slots, dtype: torch.dtype, past: Past | None
-    ) -> tuple[Biases, KeysValues | None]:
-        """Biases and rotary angles, once for all layers."""
+    ) -> tuple[Biases | torch.Tensor, KeysValues | None]:
+        """Biases (of a decoding pass as `cached_bias` makes them) and rotary angles, once for all layers."""
         config = self.config
-        key_tokens, key_chars = past.extend_slots(tokens, chars) if past is not None else (tokens, chars)
         alibi_heads = config.n_heads if config.encoding == "alibi" else None
         scoring = Scoring(config.token_attention, alibi_heads, dtype)
-        prepared = biases(tokens, chars, key_tokens, key_chars, self.longest_run, scoring)
+        prepared: Biases | torch.Tensor
+        if past is None:
+            prepared = biases(tokens, chars, self.longest_run, scoring)
+        else:
+            prepared = cached_bias(tokens, chars, *past.extend_slots(tokens, chars), scoring)
         if config.encoding != "rope":
             return prepared, None
         position = torch.cat([tokens.position, chars.position], dim=1)

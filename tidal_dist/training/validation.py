@@ -17,8 +17,10 @@ from data_pipeline.shards import Manifest
 from data_pipeline.stream import Batch, batch_of_rows
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.config import ValidationConfig
-from tidal_dist.generation.decoder import Decoder, Generation, Limits
+from tidal_dist.generation.decoder import Decoder
+from tidal_dist.generation.events import Generation
 from tidal_dist.generation.report import trace_lines
+from tidal_dist.generation.request import Limits
 from tidal_dist.model.maps import char_scores, recorded_maps
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.plots.attention import attention_figure

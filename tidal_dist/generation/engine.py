@@ -1,0 +1,188 @@
+"""Continuous batching: sequences enter, are written side by side, and leave when they are done.
+
+One pass feeds each sequence either [tokens of the block just finished, <bob>] or the char just chosen, and behind it,
+with a draft, what is expected next. B sequences of a pass, T token and C char slots of each.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from data_pipeline.layout import Slots, char_slots, padding
+from data_pipeline.tokenizer import MixedTokenizer
+from tidal_dist.generation.cache import ARRAYS, Cache
+from tidal_dist.generation.draft import Draft
+from tidal_dist.generation.events import Generation
+from tidal_dist.generation.request import Request
+from tidal_dist.generation.sequence import Feed, Listener, Writing
+from tidal_dist.model.transformer import TidalTransformer
+
+DEFAULT_BATCH_SIZE = 16
+_PROMPT_TOKENS = 512  # tokens of a prompt that a pass takes from a sequence
+_FEW_TOKENS = 16  # more are fed apart from the sequences that are being written, which would be padded to as many
+_LEAST_TOKENS = 64  # room for tokens to begin with
+_DRAFTED_CHARS = 32  # chars that a pass takes from a sequence with a draft
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in an engine. `done`: its generation is complete."""
+
+    request: Request
+    writing: Writing = field(repr=False)
+
+    @property
+    def generation(self) -> Generation:
+        """What has come of it so far."""
+        return self.writing.generation
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self.writing.is_finished
+
+
+class Engine:
+    """Generates with a model and its tokeniser, any number of requests side by side. One thread may use it."""
+
+    def __init__(
+        self,
+        model: TidalTransformer,
+        tokenizer: MixedTokenizer,
+        device: torch.device | str = "cpu",
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        draft: Draft | None = None,
+        shares_weights: bool = False,
+    ):
+        """An engine without work.
+
+        Args:
+            batch_size: sequences that are written at a time; others wait.
+            draft: how to guess the next blocks, which changes the number of passes and not the text.
+            shares_weights: other processes hold parts of the weights, so that each pass has to call every layer.
+        """
+        self.model, self.tokenizer, self.device = model, tokenizer, torch.device(device)
+        self.batch_size, self.draft = batch_size, draft
+        self.jobs: list[Job] = []  # being written, in the order of the cache's rows
+        self.jobs_of_pass: list[Job] = []  # those of the last pass
+        self._waiting: deque[Job] = deque()
+        self._most_chars = _DRAFTED_CHARS if draft else 1
+        longest_run = tokenizer.segmentation.max_block_bytes + 1
+        self._longest_run = longest_run
+        room = 2 * longest_run + 2 * self._most_chars if draft else longest_run
+        self._cache = Cache(room, not shares_weights)
+        self._is_turn_of_prompts = True
+
+    def submit(self, request: Request, listener: Listener | None = None) -> Job:
+        """Take up a request; `listener` is told of its chars, blocks and text as they come."""
+        positions = self.model.config.char_positions
+        job = Job(request, Writing(request, self.tokenizer, positions, listener, self.draft))
+        if not job.done:
+            self._waiting.append(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End a request with what it has."""
+        job.writing.cancel()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is not done."""
+        return any(not job.done for job in (*self.jobs, *self._waiting))
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not entered yet."""
+        return len(self._waiting)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """Continue requests; the generations in their order, each as soon as those before it are done."""
+        pending, source = deque[Job](), iter(requests)
+        while True:
+            while len(pending) - sum(job.done for job in pending) < 2 * self.batch_size:
+                request = next(source, None)
+                if request is None:
+                    break
+                pending.append(self.submit(request))
+            while pending and pending[0].done:
+                yield pending.popleft().generation
+            if not pending:
+                return
+            self.step()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One pass of the model; without work too, since processes that share weights make equally many."""
+        self._leave_and_enter()
+        was_training = self.model.training
+        self.model.eval()
+        rows = self._rows_of_pass()
+        jobs = self.jobs_of_pass = self.jobs[rows]
+        feeds = [job.writing.feed(_PROMPT_TOKENS, self._room(job.writing)) for job in jobs]
+        logits = self._pass(rows, [job.writing for job in jobs], feeds)
+        for job, fed, answer in zip(jobs, feeds, logits, strict=False):
+            job.writing.take(fed, answer[: len(fed.chars)])
+        self.model.train(was_training)
+
+    def _leave_and_enter(self) -> None:
+        for row in reversed(range(len(self.jobs))):
+            if self.jobs[row].done:
+                last = self.jobs.pop()
+                if row < len(self.jobs):
+                    self._cache.move(len(self.jobs), row)
+                    self.jobs[row] = last
+        while self._waiting and len(self.jobs) < self.batch_size:
+            job = self._waiting.popleft()
+            if not job.done:
+                self.jobs.append(job)
+
+    def _rows_of_pass(self) -> slice:
+        """All sequences; but where prompts are long, those from the first such on and those before it in turn."""
+        long = [job.writing.tokens_to_feed > _FEW_TOKENS for job in self.jobs]
+        first = long.index(True) if any(long) else 0
+        self._is_turn_of_prompts = first == 0 or not self._is_turn_of_prompts
+        return slice(first, len(self.jobs)) if self._is_turn_of_prompts else slice(0, first)
+
+    def _room(self, writing: Writing) -> int:
+        """Chars that a pass may take from a sequence, so that there is always room for the rest of its block."""
+        free = self._cache.char_capacity - self._longest_run - writing.cached_chars
+        return max(min(self._most_chars, free), 1)
+
+    def _pass(self, rows: slice, writings: list[Writing], feeds: list[Feed]) -> np.ndarray:
+        """The model's answers, (B, C, V), to what is fed."""
+        tokens, chars = self._in_rows(feeds)
+        counts = np.zeros((2, len(tokens.ids)), dtype=np.int64)
+        counts[:, : len(writings)] = np.array([(w.cached_tokens, w.cached_chars) for w in writings]).reshape(-1, 2).T
+        longest = int((counts[0] + (tokens.document != 0).sum(axis=1)).max())
+        if longest > self._cache.token_capacity or rows.stop > self._cache.row_capacity:
+            roomy = max(longest, self._cache.token_capacity * 3 // 2, _LEAST_TOKENS)
+            self._cache.reserve(max(rows.stop, 1), roomy)
+        self._cache.aim(slice(rows.start, rows.start + len(tokens.ids)), self._on_device(counts), longest)
+        answer = self.model(tokens.map(self._on_device), chars.map(self._on_device), past=self._cache)
+        return answer.float().cpu().numpy()
+
+    def _in_rows(self, feeds: list[Feed]) -> tuple[Slots, Slots]:
+        """What is fed, as slots (B, T) and (B, C) with padding; without any feed a row of padding."""
+        n_tokens = max((len(f.tokens.ids) for f in feeds if f.tokens is not None), default=0)
+        n_chars = max((len(f.chars) for f in feeds), default=1)
+        n_rows = max(len(feeds), 1)
+        tokens, chars = padding("token", (n_rows, n_tokens)), padding("char", (n_rows, max(n_chars, 1)))
+        for row, fed in enumerate(feeds):
+            if fed.tokens is not None:
+                _put(tokens, (row, slice(len(fed.tokens.ids))), fed.tokens)
+        if found := [char for fed in feeds for char in fed.chars]:
+            where = tuple(np.array([(r, i) for r, fed in enumerate(feeds) for i in range(len(fed.chars))]).T)
+            ids, c, block, start_pos = np.array(found).T
+            _put(chars, where, char_slots(ids, c, block, start_pos, self.model.config.char_positions))
+        return tokens, chars
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device).long()
+
+
+def _put(rows: Slots, where: tuple, new: Slots) -> None:
+    for name in ARRAYS:
+        getattr(rows, name)[where] = getattr(new, name)

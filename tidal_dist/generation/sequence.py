@@ -1,0 +1,251 @@
+"""One sequence at work: what it has written, what it feeds to the next pass, what it makes of the answer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_pipeline.layout import CharPositions, Slots, bos_slot, char_position, concatenate, token_slots
+from data_pipeline.segmentation import off_canonical_joins, segment
+from data_pipeline.tokenizer import BOB, EOB, EOS, MixedTokenizer
+from tidal_dist.generation.draft import Draft
+from tidal_dist.generation.events import Block, Char, Event, Generation, Text
+from tidal_dist.generation.repetition import WrittenBlocks
+from tidal_dist.generation.request import Request
+from tidal_dist.generation.sampling import choose, penalised
+from tidal_dist.generation.utf8 import allowed, block_text
+
+CharInput = tuple[int, int, int, int]  # id, c, block, start_pos
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a sequence gives to a pass: tokens (t,), and its next char with those that are drafted behind it."""
+
+    tokens: Slots | None
+    chars: list[CharInput]
+
+
+@dataclass
+class _Block:
+    """The block at hand: its bytes as written, last byte first, and what was chosen for them."""
+
+    written: bytearray = field(default_factory=bytearray)
+    chars: list[Char] = field(default_factory=list)
+    is_held_back: bool = False  # from an id that is not allowed
+
+
+class Writing:
+    """A request at work.
+
+    Attributes:
+        generation: what has come of it. is_finished: nothing is left to do.
+        cached_tokens: tokens whose keys and values stay. cached_chars: chars that do.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: MixedTokenizer,
+        char_positions: CharPositions,
+        listener: Listener | None = None,
+        draft: Draft | None = None,
+    ):
+        self.request, self.generation = request, Generation()
+        self.is_finished = request.limits.max_blocks == 0
+        self.cached_tokens = self.cached_chars = 0
+        self._tokenizer, self._char_positions = tokenizer, char_positions
+        self._tell: Listener = listener or (lambda _: None)
+        self._random = np.random.default_rng(request.sampling.seed)
+        self._state = request.constraint.start() if request.constraint else None
+        self._n_blocks, self._n_tokens, self._shown, self._n_bytes = 0, 1, 0, 0  # `<bos>` is there already
+        self._block = _Block()
+        self._drafted_tokens: list[int] = []  # of each block whose tokens were fed before it was written
+        prompt = request.prompt
+        blocks = segment(prompt, tokenizer.segmentation) if isinstance(prompt, str) else prompt
+        self._draft = draft and draft.begin(blocks)
+        self._seen = WrittenBlocks(blocks) if request.sampling.repetition_penalty != 1.0 else None
+        self._new_tokens: Slots | None = concatenate([bos_slot(), self._take(blocks)])
+
+    @property
+    def tokens_to_feed(self) -> int:
+        """Tokens that have to be fed before the next char can be chosen."""
+        return 0 if self._new_tokens is None else len(self._new_tokens.ids)
+
+    def _take(self, blocks: Sequence[str]) -> Slots:
+        """Slots of finished blocks, which become context."""
+        slots = self._slots_of(blocks, self._n_blocks, self._n_tokens)
+        self._n_blocks += len(blocks)
+        self._n_tokens += len(slots.ids)
+        return slots
+
+    def _slots_of(self, blocks: Sequence[str], first_block: int, start_pos: int) -> Slots:
+        encoded = [self._tokenizer.encode_block(block) for block in blocks]
+        ids = np.array([i for block in encoded for i in block], dtype=np.int64)
+        sizes = np.array([len(block) for block in encoded], dtype=np.int64)
+        lengths = self._tokenizer.byte_lengths[ids]
+        return token_slots(ids, sizes, lengths, first_block=first_block, start_pos=start_pos)
+
+    def feed(self, most_tokens: int, room: int) -> Feed:
+        """What the next pass takes from this sequence.
+
+        Args:
+            most_tokens: where more have to be fed, so many come without a char, at the border of a block.
+            room: chars that the pass may take from it, at least 1.
+        """
+        tokens, self._new_tokens = self._new_tokens, None
+        if tokens is not None and len(tokens.ids) > most_tokens:
+            cut = self._border(tokens, most_tokens)
+            self._new_tokens = tokens.at(slice(cut, None))
+            return Feed(tokens.at(slice(cut)), [])
+        chars = [self._next_char()]
+        return self._with_draft(tokens, chars, room) if self._draft and room > 1 else Feed(tokens, chars)
+
+    @staticmethod
+    def _border(tokens: Slots, most: int) -> int:
+        """Where to cut tokens, before `most`: a block is fed whole, since its tokens see each other."""
+        starts = np.flatnonzero(np.diff(tokens.block[: most + 1])) + 1
+        return int(starts[-1]) if len(starts) else int(np.searchsorted(tokens.block, tokens.block[0], side="right"))
+
+    def _next_char(self) -> CharInput:
+        written = self._block.written
+        c = len(written)
+        return (written[-1] if c else BOB), c, self._n_blocks, self._n_tokens
+
+    def _with_draft(self, tokens: Slots | None, chars: list[CharInput], room: int) -> Feed:
+        """Behind the next char those that the draft expects, and the tokens of blocks that it expects whole."""
+        assert self._draft is not None
+        parts = [] if tokens is None else [tokens]
+        block, start_pos, last = self._n_blocks, self._n_tokens, b""
+        for number, expected in enumerate(self._draft.propose(bytes(self._block.written))):
+            if number:
+                slots = self._slots_of([block_text(last)], block, start_pos)
+                parts.append(slots)
+                self._drafted_tokens.append(len(slots.ids))
+                block, start_pos = block + 1, start_pos + len(slots.ids)
+                chars.append((BOB, 0, block, start_pos))
+            done = 0 if number else len(self._block.written)
+            chars += [(id_, c, block, start_pos) for c, id_ in enumerate(expected[done:], done + 1)]
+            last = expected
+            if len(chars) + 2 > room:  # a block more takes `<bob>` and a byte
+                break
+        del chars[room:]
+        return Feed(concatenate(parts) if parts else None, chars)
+
+    def take(self, fed: Feed, logits: np.ndarray) -> None:
+        """Go on with the model's answer, (n, V), to the n chars that were fed."""
+        self.generation.passes += 1
+        self.generation.drafted += max(len(fed.chars) - 1, 0)
+        self.cached_tokens += (0 if fed.tokens is None else len(fed.tokens.ids)) - sum(self._drafted_tokens)
+        number = 0
+        for number, row in enumerate(logits, 1):
+            self._write(self._choose(row))
+            if self.is_finished or number == len(fed.chars) or not self._is_next(fed.chars[number]):
+                break
+            self.generation.accepted += 1
+        self.cached_chars = self.cached_chars + number if self._block.written else 0
+        self._drafted_tokens.clear()
+
+    def _is_next(self, drafted: CharInput) -> bool:
+        """Whether the char that was drafted behind the one just answered is the one to go on with."""
+        if drafted != self._next_char():
+            return False
+        if drafted[0] == BOB:  # the tokens of the finished block were fed too
+            self._new_tokens = None
+            self.cached_tokens += self._drafted_tokens.pop(0)
+        return True
+
+    def _allowed(self) -> np.ndarray:
+        """Ids that may come next, (V,) bool."""
+        written, most = bytes(self._block.written), self._tokenizer.segmentation.max_block_bytes
+        may_come = allowed(written, most)
+        constraint = self.request.constraint
+        return may_come & constraint.allowed(self._state, written, most - len(written)) if constraint else may_come
+
+    def _choose(self, row: np.ndarray) -> Char:
+        """The next char by logits (V,)."""
+        sampling, may_come = self.request.sampling, self._allowed()
+        self._block.is_held_back |= not may_come[row.argmax()]
+        scores = row
+        if self._seen:
+            repeating = self._seen.next_ids(bytes(self._block.written))
+            scores = penalised(row, repeating, sampling.repetition_penalty)
+        chosen = choose(np.where(may_come, scores, -np.inf), sampling, self._random)
+        total = row.max() + np.log(np.exp(row - row.max()).sum())
+        count = self.request.alternatives
+        likeliest = np.argsort(-row, kind="stable")[:count].tolist() if count else ()
+        return Char(chosen, float(row[chosen] - total), tuple((i, float(row[i] - total)) for i in likeliest))
+
+    def _write(self, char: Char) -> None:
+        self._block.chars.append(char)
+        self._tell(char)
+        if char.id < 256:
+            self._block.written.append(char.id)
+            return
+        assert char.id in (EOB, EOS), "only bytes and end marks are allowed"
+        self._finish_block(char.id == EOS)
+
+    def _finish_block(self, is_last: bool) -> None:
+        done, self._block = self._block, _Block()
+        limits, generation = self.request.limits, self.generation
+        if self._n_bytes + len(done.written) > limits.max_bytes:
+            self._finish("length")
+            return
+        written, text = bytes(done.written), block_text(bytes(done.written))
+        start_pos, chars = self._n_tokens, range(len(written) + 1)
+        self._new_tokens = tokens = self._take([text])
+        ids = tuple(tokens.ids.tolist())
+        names = tuple(map(self._tokenizer.name, ids))
+        positions = tuple(char_position(start_pos, c, self._char_positions) for c in chars)
+        block = Block(text, tuple(done.chars), ids, names, start_pos, positions)
+        generation.details.append(block)
+        generation.ill_formed_blocks += done.is_held_back
+        generation.text += text
+        self._n_bytes += len(written)
+        self._tell(block)
+        if self.request.constraint:
+            self._state = self.request.constraint.after(self._state, written[::-1])
+        for reader in (self._draft, self._seen):
+            if reader:
+                reader.add(text)
+        is_full = limits.max_blocks is not None and len(generation.details) >= limits.max_blocks
+        if self._stops():
+            self._finish("stop")
+        elif is_last or is_full or self._n_bytes >= limits.max_bytes:
+            self._finish("eos" if is_last else "length")
+        else:
+            self._show(len(generation.text) - self._held_back())
+
+    def _stops(self) -> bool:
+        """Whether the text now holds a stop string, before which it is cut."""
+        generation, stop = self.generation, self.request.limits.stop
+        found = [at for s in stop if (at := generation.text.find(s, max(self._shown - len(s), 0))) >= 0]
+        if found:
+            generation.text = generation.text[: min(found)]
+        return bool(found)
+
+    def _held_back(self) -> int:
+        """Characters at the text's end that may turn out to begin a stop string."""
+        text = self.generation.text
+        longest = [
+            next((n for n in range(len(s) - 1, 0, -1) if text.endswith(s[:n])), 0) for s in self.request.limits.stop
+        ]
+        return max(longest, default=0)
+
+    def _show(self, end: int) -> None:
+        if end > self._shown:
+            self._tell(Text(self.generation.text[self._shown : end]))
+            self._shown = end
+
+    def _finish(self, reason: str) -> None:
+        self.is_finished = True
+        self.generation.finish = reason
+        self._show(len(self.generation.text))
+        joins = off_canonical_joins(self.generation.blocks, self._tokenizer.segmentation)
+        self.generation.off_canonical_joins = joins
+
+    def cancel(self) -> None:
+        """End here, with the text so far."""
+        if not self.is_finished:
+            self._finish("cancelled")
