@@ -34,8 +34,8 @@ from tidal_dist.doctor.report import Report
 from tidal_dist.doctor.sizes import Sizes
 from tidal_dist.doctor.subject import Subject, load_subject
 from tidal_dist.export import package
-from tidal_dist.generation import decoder, sampling, utf8
-from tidal_dist.generation.cache import Cache, _Stream
+from tidal_dist.generation import engine, sampling, sequence, utf8
+from tidal_dist.generation.cache import Cache
 from tidal_dist.model import attention, positions, transformer
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.training import loss
@@ -104,7 +104,7 @@ class Scene:
 
     def on_chars_at_decoding(self, change: Callable[[Slots], Slots]) -> None:
         """Change the char slots of decoding."""
-        self.around(decoder, "char_slots", lambda original, *a: change(original(*a)))
+        self.around(engine, "char_slots", lambda original, *a: change(original(*a)))
 
     def on_visible(self, visible: Callable[[Slots, Slots], Any], query: str, key: str) -> None:
         """Another rule of who sees whom for queries and keys of these streams, within a document."""
@@ -171,7 +171,7 @@ def depend_on_the_length(row: LaidOut) -> LaidOut:
 def depend_on_the_length_when_decoding(scene: Scene) -> None:
     """Positions of tokens counted from the end of what a pass feeds."""
     scene.around(
-        decoder, "token_slots", lambda original, ids, *a, **k: _moved(original(ids, *a, **k), "position", -len(ids))
+        sequence, "token_slots", lambda original, ids, *a, **k: _moved(original(ids, *a, **k), "position", -len(ids))
     )
 
 
@@ -181,7 +181,7 @@ def _moved(slots: Slots, name: str, by: int) -> Slots:
 
 
 def forward_at_decoding(scene: Scene) -> None:
-    scene.around(decoder, "char_slots", lambda original, *a: original(*a[:-1], "forward"))
+    scene.around(engine, "char_slots", lambda original, *a: original(*a[:-1], "forward"))
 
 
 def by_characters(data: bytes) -> bytes:
@@ -213,7 +213,8 @@ def cache_keeps_chars(scene: Scene) -> None:
     def extend_slots(original: Any, cache: Cache, tokens: Slots, chars: Slots) -> tuple[Slots, Slots]:
         key_tokens, key_chars = original(cache, tokens, chars)
         block = torch.zeros_like(key_chars.block) + chars.block
-        return key_tokens, replace(key_chars, block=block, index=torch.zeros_like(key_chars.index))
+        zero = torch.zeros_like(key_chars.index)
+        return key_tokens, replace(key_chars, document=zero + 1, block=block, index=zero)
 
     scene.around(Cache, "extend_slots", extend_slots)
 
@@ -224,8 +225,8 @@ def cache_in_half_precision(scene: Scene, of: tuple[torch.dtype, ...] = (torch.f
     def rounded(x: torch.Tensor) -> torch.Tensor:
         return x.bfloat16().to(x.dtype) if x.dtype in of else x
 
-    def extend(original: Any, cache: Cache, layer: int, *keys_values: Any) -> Any:
-        return original(cache, layer, *(kv and tuple(map(rounded, kv)) for kv in keys_values))
+    def extend(original: Any, cache: Cache, layer: int, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return original(cache, layer, rounded(k), rounded(v))
 
     scene.around(Cache, "extend", extend)
 
@@ -233,7 +234,7 @@ def cache_in_half_precision(scene: Scene, of: tuple[torch.dtype, ...] = (torch.f
 def cache_shared_by_a_batch(scene: Scene) -> None:
     """All sequences of a batch keep the keys and values of the first."""
     scene.around(
-        _Stream, "_write", lambda original, stream, kept, new, n: original(stream, kept, new[:1].expand_as(new), n)
+        Cache, "extend", lambda original, cache, layer, *new: original(cache, layer, *(x[:1].expand_as(x) for x in new))
     )
 
 
@@ -252,8 +253,8 @@ def handoff_of_the_first_token(scene: Scene) -> None:
     scene.around(
         Cache,
         "extend_handoff",
-        lambda original, cache, state, tokens, chars: original(
-            cache, state[:, :1].expand_as(state) if state.shape[1] else state, tokens, chars
+        lambda original, cache, state, chars: original(
+            cache, state[:, :1].expand_as(state) if state.shape[1] else state, chars
         ),
     )
 
@@ -278,17 +279,17 @@ class _WithNeighbour:
 def tokens_with_the_neighbour(scene: Scene) -> None:
     """Generated blocks, not those of prompts, are encoded together with the block before."""
 
-    def take(original: Any, sequence: Any, blocks: Any) -> Slots:
-        plain, written = sequence._decoder.tokenizer, sequence.result.blocks
-        if len(written) < 2:
-            return original(sequence, blocks)
-        sequence._decoder.tokenizer = _WithNeighbour(plain, written[-2])
+    def take(original: Any, writing: Any, blocks: Any) -> Slots:
+        plain, written = writing._tokenizer, writing.generation.blocks
+        if not written:
+            return original(writing, blocks)
+        writing._tokenizer = _WithNeighbour(plain, written[-1])
         try:
-            return original(sequence, blocks)
+            return original(writing, blocks)
         finally:
-            sequence._decoder.tokenizer = plain
+            writing._tokenizer = plain
 
-    scene.around(decoder._Sequence, "_take", take)
+    scene.around(sequence.Writing, "_take", take)
     scene.sizes = MORE  # it shows only where a sampled block would merge with its neighbour
 
 
@@ -296,20 +297,20 @@ def cut_otherwise_at_decoding(scene: Scene) -> None:
     def shorter(_original: Any, text: str, config: Any) -> list[str]:
         return segment(text, config.model_copy(update={"max_unspaced_chars": 1, "max_block_bytes": 4}))
 
-    scene.around(decoder, "segment", shorter)
+    scene.around(sequence, "segment", shorter)
 
 
 def forgets_what_it_wrote(scene: Scene) -> None:
     """Blocks that were generated do not become context."""
 
-    def take(original: Any, sequence: Any, blocks: Any) -> Slots:
-        tokens = original(sequence, blocks)
-        if not sequence.result.blocks:
+    def take(original: Any, writing: Any, blocks: Any) -> Slots:
+        tokens = original(writing, blocks)
+        if not writing.generation.passes:
             return tokens
-        sequence._n_tokens -= len(tokens.ids)
+        writing._n_tokens -= len(tokens.ids)
         return tokens.at(slice(0))
 
-    scene.around(decoder._Sequence, "_take", take)
+    scene.around(sequence.Writing, "_take", take)
     scene.sizes = MORE  # it shows only where a sampled block would merge with its neighbour
 
 
@@ -339,8 +340,8 @@ def another_tokenizer(scene: Scene) -> None:
 # Control flow
 
 
-def second_best(_original: Any, logits: torch.Tensor, *_: Any) -> int:
-    return int(logits.topk(2).indices[1])
+def second_best(_original: Any, logits: np.ndarray, *_: Any) -> int:
+    return int(np.argsort(-logits)[1])
 
 
 def never_eos(original: Any, *arguments: Any) -> int:
@@ -351,19 +352,19 @@ def never_eos(original: Any, *arguments: Any) -> int:
 def second_best_when_alone(scene: Scene) -> None:
     """A choice that is wrong only where the best two are close: what is dictated is still written."""
 
-    def choose(_original: Any, logits: torch.Tensor, *_: Any) -> int:
-        best, second = logits.topk(2).values.tolist()
-        return int(logits.topk(2).indices[int(best - second < 0.9)])
+    def choose(_original: Any, logits: np.ndarray, *_: Any) -> int:
+        ids = np.argsort(-logits)
+        return int(ids[int(logits[ids[0]] - logits[ids[1]] < 0.9)])
 
-    scene.around(decoder, "choose", choose)
+    scene.around(sequence, "choose", choose)
 
 
 def only_ascii(scene: Scene) -> None:
-    scene.around(decoder, "allowed", lambda original, *a: original(*a) & ~((np.arange(261) >> 7) == 1))
+    scene.around(sequence, "allowed", lambda original, *a: original(*a) & ~((np.arange(261) >> 7) == 1))
 
 
 def every_block_is_the_last(scene: Scene) -> None:
-    scene.around(decoder._Sequence, "_finish_block", lambda original, sequence, _: original(sequence, True))
+    scene.around(sequence.Writing, "_finish_block", lambda original, writing, _: original(writing, True))
 
 
 # Labels and loss
@@ -537,16 +538,16 @@ PLANTS: list[Plant] = [
     ("shards cut otherwise", 4, lambda s: s.other_shards(max_unspaced_chars=3), ROPE),
     ("prompts cut otherwise", 4, cut_otherwise_at_decoding, ROPE),
     ("shards cut by another rule than they say", 4, shards_cut_by_another_rule, ROPE),
-    ("another id for <bob> at decoding", 5, lambda s: s.patch.setattr(decoder, "BOB", EOB), ROPE),
-    ("the second best is written", 5, lambda s: s.around(decoder, "choose", second_best), ROPE),
+    ("another id for <bob> at decoding", 5, lambda s: s.patch.setattr(sequence, "BOB", EOB), ROPE),
+    ("the second best is written", 5, lambda s: s.around(sequence, "choose", second_best), ROPE),
     ("the second best is written where it is close", 5, second_best_when_alone, ROPE),
-    ("<eos> is written as <eob>", 5, lambda s: s.around(decoder, "choose", never_eos), ROPE),
+    ("<eos> is written as <eob>", 5, lambda s: s.around(sequence, "choose", never_eos), ROPE),
     ("every end mark ends the document", 5, every_block_is_the_last, ROPE),
     ("only ASCII may be written", 5, only_ascii, ROPE),
     (
         "sampled instead of the best",
         5,
-        lambda s: s.around(decoder, "choose", lambda f, logits, _, *a: f(logits, sampling.Sampling(1.0), *a)),
+        lambda s: s.around(sequence, "choose", lambda f, logits, _, *a: f(logits, sampling.Sampling(1.0), *a)),
         ROPE,
     ),
     ("the recorded figure is another", 6, lambda s: s.on_provenance(metrics={"validation/bits_per_byte": 9.0}), ROPE),

@@ -96,6 +96,7 @@ def _prepared(evidence: Evidence) -> Iterator[tuple[Case, oracle.Sample, torch.T
             continue
         batch = evidence.batch(case.laid_out)
         biases, _ = evidence.subject.exact.prepare(batch.tokens, batch.chars, torch.float64, None)
+        assert isinstance(biases, Biases)
         yield case, sample, _table(biases, case, t)
 
 

@@ -84,7 +84,7 @@ class Cache:
         )
         return keys, values
 
-    def extend_handoff(self, state: torch.Tensor, tokens: Slots, chars: Slots) -> torch.Tensor:
+    def extend_handoff(self, state: torch.Tensor, chars: Slots) -> torch.Tensor:
         """Take up token states (B, T, width) of this pass; for each char the state of its last context token."""
         kept = self._written("handoff", state)
         slot = (self.char_capacity + chars.start_pos - 1).clamp_min(0)

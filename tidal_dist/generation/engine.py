@@ -16,6 +16,7 @@ from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.generation.cache import ARRAYS, Cache
 from tidal_dist.generation.draft import Draft
 from tidal_dist.generation.events import Generation
+from tidal_dist.generation.passes import Eager, Graphs, PassInputs
 from tidal_dist.generation.request import Request
 from tidal_dist.generation.sequence import Feed, Listener, Writing
 from tidal_dist.model.transformer import TidalTransformer
@@ -74,6 +75,8 @@ class Engine:
         self._longest_run = longest_run
         room = 2 * longest_run + 2 * self._most_chars if draft else longest_run
         self._cache = Cache(room, not shares_weights)
+        runner = Graphs if self.device.type == "cuda" and not shares_weights else Eager
+        self._run: Eager | Graphs = runner(model, self._cache, self.device)
         self._is_turn_of_prompts = True
 
     def submit(self, request: Request, listener: Listener | None = None) -> Job:
@@ -153,23 +156,31 @@ class Engine:
 
     def _pass(self, rows: slice, writings: list[Writing], feeds: list[Feed]) -> np.ndarray:
         """The model's answers, (B, C, V), to what is fed."""
-        tokens, chars = self._in_rows(feeds)
-        counts = np.zeros((2, len(tokens.ids)), dtype=np.int64)
-        counts[:, : len(writings)] = np.array([(w.cached_tokens, w.cached_chars) for w in writings]).reshape(-1, 2).T
-        longest = int((counts[0] + (tokens.document != 0).sum(axis=1)).max())
-        if longest > self._cache.token_capacity or rows.stop > self._cache.row_capacity:
-            roomy = max(longest, self._cache.token_capacity * 3 // 2, _LEAST_TOKENS)
-            self._cache.reserve(max(rows.stop, 1), roomy)
-        self._cache.aim(slice(rows.start, rows.start + len(tokens.ids)), self._on_device(counts), longest)
-        answer = self.model(tokens.map(self._on_device), chars.map(self._on_device), past=self._cache)
-        return answer.float().cpu().numpy()
+        shape = (
+            max(len(feeds), 1),
+            max((len(f.tokens.ids) for f in feeds if f.tokens is not None), default=0),
+            max((len(f.chars) for f in feeds), default=1) or 1,
+        )
+        kept = np.array([(w.cached_tokens, w.cached_chars) for w in writings]).reshape(-1, 2).T
+        fed = [0 if f.tokens is None else len(f.tokens.ids) for f in feeds]
+        longest = max(*kept[0] + fed, 1) if feeds else 1
+        shape = self._run.shape_of(shape)
+        self._make_room(rows.start + shape[0], int(longest))
+        tokens, chars = self._in_rows(feeds, shape)
+        counts = np.zeros((2, shape[0]), dtype=np.int64)
+        counts[:, : len(feeds)] = kept
+        inputs = PassInputs(slice(rows.start, rows.start + shape[0]), tokens, chars, counts, int(longest))
+        return self._run(inputs).float().cpu().numpy()
 
-    def _in_rows(self, feeds: list[Feed]) -> tuple[Slots, Slots]:
-        """What is fed, as slots (B, T) and (B, C) with padding; without any feed a row of padding."""
-        n_tokens = max((len(f.tokens.ids) for f in feeds if f.tokens is not None), default=0)
-        n_chars = max((len(f.chars) for f in feeds), default=1)
-        n_rows = max(len(feeds), 1)
-        tokens, chars = padding("token", (n_rows, n_tokens)), padding("char", (n_rows, max(n_chars, 1)))
+    def _make_room(self, rows: int, tokens: int) -> None:
+        cache = self._cache
+        if rows > cache.row_capacity or tokens > cache.token_capacity:
+            roomy = max(tokens, cache.token_capacity * 3 // 2, _LEAST_TOKENS) if tokens > cache.token_capacity else 0
+            cache.reserve(rows, roomy)
+
+    def _in_rows(self, feeds: list[Feed], shape: tuple[int, int, int]) -> tuple[Slots, Slots]:
+        """What is fed, as slots of `shape` B, T, C, filled up with padding."""
+        tokens, chars = padding("token", shape[:2]), padding("char", (shape[0], shape[2]))
         for row, fed in enumerate(feeds):
             if fed.tokens is not None:
                 _put(tokens, (row, slice(len(fed.tokens.ids))), fed.tokens)
@@ -178,9 +189,6 @@ class Engine:
             ids, c, block, start_pos = np.array(found).T
             _put(chars, where, char_slots(ids, c, block, start_pos, self.model.config.char_positions))
         return tokens, chars
-
-    def _on_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device).long()
 
 
 def _put(rows: Slots, where: tuple, new: Slots) -> None:

@@ -64,7 +64,7 @@ class Writing:
         self._drafted_tokens: list[int] = []  # of each block whose tokens were fed before it was written
         prompt = request.prompt
         blocks = segment(prompt, tokenizer.segmentation) if isinstance(prompt, str) else prompt
-        self._draft = draft and draft.begin(blocks)
+        self._draft = draft.begin(blocks) if draft else None
         self._seen = WrittenBlocks(blocks) if request.sampling.repetition_penalty != 1.0 else None
         self._new_tokens: Slots | None = concatenate([bos_slot(), self._take(blocks)])
 

@@ -114,7 +114,7 @@ def _seen(visible: torch.Tensor) -> slice:
 def attend_cached(
     q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], cached_bias: torch.Tensor, first: int
 ) -> torch.Tensor:
-    """The slots from `first` on, of a decoding pass, over the cache: q (B, H, Q, D), kv (B, H, K, D) -> (B, H, Q, D)."""
+    """The slots from `first` on over a cache: q (B, H, Q, D), keys and values (B, H, K, D) each -> (B, H, Q, D)."""
     if not q.shape[2]:  # a pass may feed no tokens: the layers below the chars then have nothing to do
         return q
     return F.scaled_dot_product_attention(q, *kv, attn_mask=cached_bias[:, :, first : first + q.shape[2]])

@@ -39,7 +39,7 @@ class Past(Protocol):
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> KeysValues:
         """Take up a layer's keys and values (B, H, N, D) of this pass; those of all keys, chars before tokens."""
 
-    def extend_handoff(self, state: torch.Tensor, tokens: Slots, chars: Slots) -> torch.Tensor:
+    def extend_handoff(self, state: torch.Tensor, chars: Slots) -> torch.Tensor:
         """Take up token states (B, T, width) of this pass; for each char the state of its last context token."""
 
 
@@ -107,12 +107,20 @@ class Layer(nn.Module):
         past: Past | None,
     ) -> torch.Tensor:
         """(B, N, width) -> (B, N, width); from the last layer only the chars, since nothing reads its tokens."""
+        n_asking = x.shape[1] - n_tokens if self.is_last else x.shape[1]
+        q, k, v = self.project(x, n_asking, angles)
+        return self.finish(x[:, -n_asking:], self._attend(q, k, v, n_tokens, biases, past))
+
+    def project(
+        self, x: torch.Tensor, n_asking: int, angles: KeysValues | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Before attention: (B, N, width) -> queries of the last slots (B, H, n_asking, D), keys and values."""
         h = self.attention_norm(x)
         keys, values = self.key_value(h).chunk(2, dim=-1)
-        n_asking = x.shape[1] - n_tokens if self.is_last else x.shape[1]
-        x, h = x[:, -n_asking:], h[:, -n_asking:]
-        q, k = self.queries_and_keys(self.query(h), keys, angles)
-        y = self._attend(q, k, self._heads(values), n_tokens, biases, past)
+        return *self.queries_and_keys(self.query(h[:, -n_asking:]), keys, angles), self._heads(values)
+
+    def finish(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Behind attention: x (B, Q, width) that asked, y (B, H, Q, D) that it got -> (B, Q, width)."""
         x = x + self._drop(self.out(y.transpose(1, 2).flatten(2)))
         return x + self._drop(self.mlp(self.mlp_norm(x)))
 
@@ -239,7 +247,7 @@ class TidalTransformer(nn.Module):
         """For each char the projected state of the last token before its block, (B, C, width)."""
         state = self.handoff(self.handoff_norm(x))
         if past is not None:
-            return past.extend_handoff(state, tokens, chars)
+            return past.extend_handoff(state, chars)
         return state.gather(1, context_slots(tokens, chars)[..., None].expand(-1, -1, state.shape[-1]))
 
 
