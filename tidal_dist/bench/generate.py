@@ -1,0 +1,180 @@
+"""How fast does a model generate, against the same model without a cache, one by one, and against memory bandwidth?
+
+Weights are random: how many passes a text takes, and how long a pass is, does not depend on what the model has learnt.
+"""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.layout import lay_out
+from data_pipeline.pieces import piece_of_blocks
+from data_pipeline.segmentation import SegmentationConfig
+from data_pipeline.stream import batch_of_rows
+from data_pipeline.tokenizer import EOB, OUTPUT_VOCABULARY, MixedTokenizer, TokenizerConfig, train_tokenizer
+from tidal_dist.bench.machine import describe_machine
+from tidal_dist.config import ModelConfig
+from tidal_dist.generation.engine import Engine
+from tidal_dist.generation.request import Limits, Request
+from tidal_dist.model.transformer import TidalTransformer
+
+_TEXT = "the tide runs out and 12 + 34 = 46 comes in again "
+_BLOCK = b" tide"  # what is written again and again
+_NAIVE_POINTS = 8  # prefixes at which decoding without a cache is timed; between them it grows evenly
+_COPY_BYTES = 2**30
+
+
+class _AlwaysTheSame:
+    """Holds a text to one block, repeated: all ways to generate are to write the same."""
+
+    def start(self) -> None:
+        """Nothing has to be remembered."""
+
+    def allowed(self, _: None, written: bytes, room: int) -> np.ndarray:
+        """The block's next char, or its end mark."""
+        del room
+        mask = np.zeros(OUTPUT_VOCABULARY, dtype=bool)
+        mask[_BLOCK[::-1][len(written)] if len(written) < len(_BLOCK) else EOB] = True
+        return mask
+
+    def after(self, _: None, block: bytes) -> None:
+        """Every block is followed by the same."""
+        del block
+
+
+def bench_generate(
+    config: ModelConfig,
+    vocab_size: int,
+    blocks: int = 500,
+    batch: int = 16,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Time the generation of `blocks` blocks.
+
+    Args:
+        config: of the model; its weights are random. vocab_size: rows of its embedding.
+        batch: sequences side by side, against as many one by one.
+
+    Returns:
+        cached_speedup: the seconds that passes without a cache take, over ours. batch_speedup. bandwidth_share: bytes
+        of weights that a pass reads, over its seconds, over what a copy on this device moves. And what they are from.
+    """
+    tokenizer = train_tokenizer([_TEXT] * 3, TokenizerConfig(vocab_size=300), SegmentationConfig())
+    torch.manual_seed(1)
+    with torch.device(device):
+        model = (
+            TidalTransformer(config, max(vocab_size, tokenizer.vocab_size), tokenizer.segmentation.max_block_bytes)
+            .to(dtype)
+            .eval()
+        )
+    alone = _generate(model, tokenizer, device, 1, blocks)
+    many = _generate(model, tokenizer, device, batch, max(blocks // batch, 8))
+    naive = _naive_seconds(model, tokenizer, device, blocks)
+    weights = _bytes_read(model)
+    copy = _copy_bandwidth(device)
+    return {
+        "name": "generate",
+        "cached_speedup": naive / alone["seconds"],
+        "batch_speedup": many["bytes_per_second"] / alone["bytes_per_second"],
+        "bandwidth_share": weights / alone["seconds_per_pass"] / copy,
+        "alone": alone,
+        "batch": many | {"size": batch},
+        "naive_seconds": naive,
+        "weight_bytes_per_pass": weights,
+        "copy_bytes_per_second": copy,
+        "blocks": blocks,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": torch.cuda.get_device_name() if model.output.weight.is_cuda else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "machine": describe_machine(),
+        "config": config.model_dump(),
+    }
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """What `bench_generate` returned, as a few lines to read."""
+    alone, many = result["alone"], result["batch"]
+    return "\n".join(
+        [
+            f"{result['parameters']:,} parameters, {result['dtype']}, {result['device']}; {result['blocks']} blocks",
+            f"one sequence: {alone['bytes_per_second']:,.0f} bytes/s, {alone['seconds_per_pass'] * 1e3:.3f} ms a pass",
+            f"without a cache: {result['naive_seconds']:.1f} s; with it {alone['seconds']:.2f} s: "
+            f"{result['cached_speedup']:.1f} times faster",
+            f"{many['size']} sequences: {many['bytes_per_second']:,.0f} bytes/s: "
+            f"{result['batch_speedup']:.1f} times one",
+            f"weights read: {result['weight_bytes_per_pass'] / alone['seconds_per_pass'] / 1e9:,.0f} GB/s of "
+            f"{result['copy_bytes_per_second'] / 1e9:,.0f} GB/s that a copy moves: {result['bandwidth_share']:.0%}",
+        ]
+    )
+
+
+def _generate(
+    model: TidalTransformer, tokenizer: MixedTokenizer, device: str, batch: int, blocks: int
+) -> dict[str, float]:
+    """Seconds for `batch` sequences of `blocks` blocks, after a warm-up that records all graphs."""
+    engine = Engine(model, tokenizer, device, batch)
+    for count in (blocks, blocks):
+        limits = Limits(max_bytes=len(_BLOCK) * count, max_blocks=count)
+        jobs = [engine.submit(Request(_TEXT, limits=limits, constraint=_AlwaysTheSame())) for _ in range(batch)]
+        start, passes = time.perf_counter(), 0
+        while engine.has_work:
+            engine.step()
+            passes += 1
+        seconds = time.perf_counter() - start
+    written = sum(len(job.generation.text) for job in jobs)
+    return {
+        "seconds": seconds,
+        "passes": passes,
+        "seconds_per_pass": seconds / passes,
+        "bytes_per_second": written / seconds,
+    }
+
+
+def _naive_seconds(model: TidalTransformer, tokenizer: MixedTokenizer, device: str, blocks: int) -> float:
+    """What it takes to compute everything anew for each char, reckoned from passes over prefixes of several lengths."""
+    seconds = []
+    lengths = np.linspace(1, blocks, _NAIVE_POINTS).astype(int)
+    for count in lengths:
+        piece = piece_of_blocks([_BLOCK.decode()] * int(count), tokenizer, int(count) - 1, ends_document=False)
+        tokens, chars, labels = lay_out(piece, tokenizer.byte_lengths, model.config.char_positions)
+        batch = batch_of_rows([(tokens, chars, labels)]).to(device)
+        seconds.append(_seconds(lambda b=batch: model(b.tokens, b.chars), device))
+    return float(np.trapezoid(seconds, lengths)) * (len(_BLOCK) + 1)
+
+
+@torch.inference_mode()
+def _seconds(function: Callable[[], Any], device: str, repeats: int = 3) -> float:
+    """Median seconds of a call, after one that is not timed."""
+    function()
+    found = []
+    for _ in range(repeats):
+        _wait_for(device)
+        start = time.perf_counter()
+        function()
+        _wait_for(device)
+        found.append(time.perf_counter() - start)
+    return median(found)
+
+
+def _wait_for(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _bytes_read(model: TidalTransformer) -> int:
+    """Bytes of weights that a pass without tokens reads: those of the layers that chars pass, and the output."""
+    layers = list(model.layers)[-model.config.char_depth :]
+    return sum(p.numel() * p.element_size() for m in (*layers, model.norm, model.output) for p in m.parameters())
+
+
+def _copy_bandwidth(device: str) -> float:
+    """Bytes read and written a second by a large copy on the device."""
+    size = _COPY_BYTES if device.startswith("cuda") else _COPY_BYTES // 8
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _seconds(lambda: target.copy_(source), device, 10)
