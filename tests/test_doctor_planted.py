@@ -193,7 +193,7 @@ def by_characters(data: bytes) -> bytes:
 
 
 def other_slopes(scene: Scene) -> None:
-    scene.around(positions, "alibi_slopes", lambda original, n_heads: original(2 * n_heads)[:n_heads])
+    scene.around(positions, "alibi_slopes", lambda original, n_heads, *device: original(2 * n_heads, *device)[:n_heads])
 
 
 def rope_of_another_base_at_decoding(scene: Scene) -> None:

@@ -24,7 +24,7 @@ class Cache:
     """
 
     def __init__(self, char_capacity: int, skips_empty_layers: bool = True) -> None:
-        self.char_capacity, self.row_capacity, self.token_capacity = char_capacity, 0, 0
+        self.char_capacity, self.row_capacity, self.token_capacity = _aligned(char_capacity), 0, 0
         self.skips_empty_layers = skips_empty_layers
         self._rows, self._length = slice(0, 0), 0
         self._counts = self._targets = torch.empty(0)
@@ -36,7 +36,7 @@ class Cache:
         if rows <= self.row_capacity and tokens <= self.token_capacity:
             return False
         self.row_capacity = max(rows, self.row_capacity)
-        self.token_capacity = max(tokens, self.token_capacity)
+        self.token_capacity = _aligned(max(tokens, self.token_capacity))
         for name, old in self._buffers.items():
             new = old.new_zeros(self.row_capacity, self._keys, *old.shape[2:])
             new[: len(old), : old.shape[1] - 1] = old[:, :-1]
@@ -60,7 +60,7 @@ class Cache:
             longest: tokens of the longest of them after the pass; keys beyond are left out.
         """
         self._rows, self._counts = rows, counts
-        self._length = self.char_capacity + longest
+        self._length = self.char_capacity + _aligned(longest)
 
     def extend_slots(self, tokens: Slots, chars: Slots) -> tuple[Slots, Slots]:
         """Take up this pass's slots; the slots of all keys, tokens and chars, cached and new."""
@@ -97,6 +97,11 @@ class Cache:
         buffer = self._buffers[name]
         buffer.flatten(0, 1).index_copy_(0, self._targets[:, : new.shape[1]].flatten(), new.flatten(0, 1))
         return buffer[self._rows, : self._length]
+
+
+def _aligned(slots: int) -> int:
+    """So many slots or a few more: kernels on GPUs read masks in pieces of 16 bytes."""
+    return -(-slots // 8) * 8
 
 
 def _first(keys: Slots, counts: torch.Tensor) -> Slots:

@@ -121,14 +121,16 @@ class Engine:
         """One pass of the model; without work too, since processes that share weights make equally many."""
         self._leave_and_enter()
         was_training = self.model.training
-        self.model.eval()
+        if was_training:  # to go through all modules takes as long as a small model's pass
+            self.model.eval()
         rows = self._rows_of_pass()
         jobs = self.jobs_of_pass = self.jobs[rows]
         feeds = [job.writing.feed(_PROMPT_TOKENS, self._room(job.writing)) for job in jobs]
         logits = self._pass(rows, [job.writing for job in jobs], feeds)
         for job, fed, answer in zip(jobs, feeds, logits, strict=False):
             job.writing.take(fed, answer[: len(fed.chars)])
-        self.model.train(was_training)
+        if was_training:
+            self.model.train()
 
     def _leave_and_enter(self) -> None:
         for row in reversed(range(len(self.jobs))):

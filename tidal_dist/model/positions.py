@@ -22,14 +22,13 @@ def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
-def alibi_slopes(n_heads: int) -> torch.Tensor:
+def alibi_slopes(n_heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Slopes (H,) of Press et al. 2022: 2^(-8 i / H) for a power of two, else as in their released code."""
     power = 1 << (n_heads.bit_length() - 1)
-    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
-    if power < n_heads:
-        finer = [2.0 ** (-8.0 * i / (2 * power)) for i in range(1, 2 * power + 1)]
-        slopes += finer[0::2][: n_heads - power]
-    return torch.tensor(slopes, dtype=torch.float64)
+    # Made on the device: a recorded pass may not copy from the host.
+    numbers = torch.arange(1, 2 * power + 1, device=device, dtype=torch.float64)
+    finer = torch.exp2(-4.0 * numbers / power)
+    return torch.cat([torch.exp2(-8.0 * numbers[:power] / power), finer[0::2][: n_heads - power]])
 
 
 def alibi_bias(
@@ -38,5 +37,5 @@ def alibi_bias(
     """Bias -slope_h * |pos_q - pos_k|: (B, H, ..., Q, K) for positions (B, ..., Q, 1) and (B, ..., 1, K)."""
     distance = (query_position - key_position).abs()
     # In bf16 distances beyond 256 would be rounded before they are multiplied.
-    slopes = alibi_slopes(n_heads).to(distance.device, torch.promote_types(dtype, torch.float32))
+    slopes = alibi_slopes(n_heads, distance.device).to(torch.promote_types(dtype, torch.float32))
     return (-slopes.view(1, -1, *[1] * (distance.dim() - 1)) * distance[:, None]).to(dtype)
