@@ -22,6 +22,20 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+def halt(pid: int) -> None:
+    """SIGSTOP a process, and wait until it stands: a thread that wants to run stops only once it has been scheduled."""
+    os.kill(pid, signal.SIGSTOP)
+    while not all(_stands(thread) for thread in Path(f"/proc/{pid}/task").iterdir()):
+        time.sleep(0.01)
+
+
+def _stands(thread: Path) -> bool:
+    try:
+        return (thread / "stat").read_text().rpartition(") ")[2].startswith("T")
+    except OSError:
+        return True  # it has ended meanwhile
+
+
 class Rank(Protocol):
     """A process, as `subprocess.Popen` has it."""
 
