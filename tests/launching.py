@@ -6,7 +6,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.ranks import ROOT, environment
 from tests.warm import Training
 from tidal_dist.cli import main
-from tidal_dist.launching import TRAIN, Launch, command_on_this_machine, free_port
-
-RANKS = ROOT / "tests" / "ranks.py"
-
-
-def light_command(config: Path | str, arguments: Sequence[str], ranks: int) -> list[str]:
-    """What starts ranks without the deepspeed launcher."""
-    starter = [sys.executable, str(RANKS), str(ranks), str(free_port())]
-    return [*starter, str(TRAIN), "--config", str(config), *arguments]
+from tidal_dist.launching import Launch, command_on_this_machine, free_port
 
 
 @contextlib.contextmanager

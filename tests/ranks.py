@@ -1,14 +1,7 @@
-"""Starts ranks on this machine as deepspeed's launcher does, without its seconds of imports.
-
-    python tests/ranks.py RANKS PORT SCRIPT ARGUMENT...
-
-When one rank fails the others are sent SIGTERM, and killed if they go on; the exit code is the first failure's.
-"""
+"""Ranks on this machine: started as deepspeed's launcher does, and halted."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +13,20 @@ _GRACE_SECONDS = 20.0
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def halt(pid: int) -> None:
+    """SIGSTOP a process, and wait until it stands: a thread that wants to run stops only once it has been scheduled."""
+    os.kill(pid, signal.SIGSTOP)
+    while not all(_stands(thread) for thread in Path(f"/proc/{pid}/task").iterdir()):
+        time.sleep(0.01)
+
+
+def _stands(thread: Path) -> bool:
+    try:
+        return (thread / "stat").read_text().rpartition(") ")[2].startswith("T")
+    except OSError:
+        return True  # it has ended meanwhile
 
 
 class Rank(Protocol):
@@ -34,12 +41,11 @@ class Rank(Protocol):
 Start = Callable[[list[str], dict[str, str]], Rank]
 
 
-def start_python(arguments: list[str], own: dict[str, str]) -> Rank:
-    return subprocess.Popen([sys.executable, "-u", *arguments], env=os.environ | own)
-
-
 def run_ranks(ranks: int, port: str, command: list[str], start: Start) -> int:
-    """Start them, wait for them; the exit code, as a shell has it."""
+    """Start them, wait for them; the exit code of the first that fails, as a shell has it.
+
+    When one fails the others are sent SIGTERM, and killed if they go on.
+    """
     shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
     shared |= {"MASTER_ADDR": "127.0.0.1", "CROSS_RANK": 0, "CROSS_SIZE": 1}
     script, *arguments = command
@@ -66,7 +72,3 @@ def _first_failure(processes: list[Rank]) -> int:
 def _send(processes: list[Rank], number: int) -> None:
     for process in processes:
         process.send_signal(number)
-
-
-if __name__ == "__main__":
-    sys.exit(run_ranks(int(sys.argv[1]), sys.argv[2], sys.argv[3:], start_python))

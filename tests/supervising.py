@@ -30,6 +30,7 @@ def _rank(run: Path, patience: int) -> int:
     (run / "pid").write_text(str(os.getpid()))
     for _ in range(patience):
         received = signal.sigwait(signals)
+        print("heard", signal.Signals(received).name, flush=True)
     if patience > 1:
         return 128 + received
     complete_checkpoint(run, 4)

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.launching import environment, tidal_error, tidal_here
+from tests.ranks import halt
 from tidal_dist.diagnose.flights import FLIGHT, FLIGHT_OF_NCCL
 from tidal_dist.diagnose.verdict import Verdict, diagnose
 from tidal_dist.history.events import Events
@@ -191,9 +192,7 @@ def test_processes_of_this_host_are_looked_at(scene: Scene, sleeper: "subprocess
     scene.beats(idle=1)
     scene.beat(0, **here)
     assert scene.verdict().status == "running"
-    sleeper.send_signal(19)  # SIGSTOP
-    while Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-        time.sleep(0.01)
+    halt(sleeper.pid)
     verdict = scene.verdict()
     assert (verdict.status, verdict.culprits) == ("hung", [0])
     assert "was stopped by a signal (SIGSTOP)" in verdict.lines[0]

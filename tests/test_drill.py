@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.launching import tidal_error, write_config
 from tidal_dist.cluster.placement import Placement, on_hosts
 from tidal_dist.drill.compare import compare_loading, compare_losses, compare_tensors, first_difference
 from tidal_dist.drill.evidence import newest_step, recorded_losses, rolling_hashes, tensor_digests
+from tidal_dist.drill.rehearsal import _Rehearsal
 from tidal_dist.drill.report import Report
 from tidal_dist.errors import CheckpointError, UserError
 from tidal_dist.history.log import Line, RollingLog
@@ -193,6 +196,24 @@ def test_mistakes_end_in_one_line_and_start_nothing(tmp_path: Path, arguments: l
     config = write_config(tmp_path)
     assert expected in tidal_error("drill", config, *arguments)
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "expected"),
+    [
+        ("error: deepspeed.x=5.0 contradicts training.y", "error: deepspeed.x=5.0 contradicts training.y"),
+        ("Traceback (most recent call last):\nValueError: of one rank", "ValueError: of one rank"),
+    ],
+)
+def test_the_reason_of_an_end_is_what_a_rank_says_and_not_its_launcher(
+    tmp_path: Path, of_ranks: str, expected: str
+) -> None:
+    launcher = "[launch.py:335:sigkill_handler] Killing subprocess 7\n[launch.py:341:sigkill_handler] ['python', "
+    (tmp_path / "killed.log").write_text(
+        f"[launch.py:271:main] spawned\n{of_ranks}\n{launcher}] exits with return code = 2"
+    )
+    plan: Any = SimpleNamespace(seed=1, steps=6)
+    assert _Rehearsal(plan, tmp_path, Report(1, 2), print)._last_words("killed") == expected
 
 
 # Ignores what asks it to end, as a process that hangs does, and has a child in a session of its own.

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.preparing import FILES, config_file, contents, kill, lines_of, start_prepare, write_texts
+from tests.ranks import halt
 
 pytestmark = pytest.mark.slow
 SEED = 20
@@ -62,8 +63,12 @@ def test_two_at_once(prepared: tuple[Path, dict[str, str], float]) -> None:
     lock = config.parent / ".shards.partial" / "lock"
     while not (lock.exists() and lock.read_text()):
         time.sleep(0.01)
-    second = start_prepare(config)
-    output, errors = second.communicate(timeout=100)
+    halt(first.pid)  # it may not end before the second one has started
+    try:
+        second = start_prepare(config)
+        output, errors = second.communicate(timeout=100)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
     assert second.returncode == 2
     [line] = lines_of(errors)
     host = lock.read_text().rpartition(" ")[2]

@@ -134,7 +134,8 @@ def test_a_second_signal_ends_what_is_stuck(scene: Scene) -> None:
     with scene.supervised() as process:
         rank = scene.rank(process)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)  # signals of one kind that come together are one
+        assert process.stdout
+        assert "heard SIGTERM\n" in process.stdout  # signals of one kind that come together are one
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output

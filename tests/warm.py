@@ -19,9 +19,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import psutil
 
 from tests.ranks import ROOT, environment, run_ranks
+from tidal_dist import processes
+from tidal_dist.launching import TRAIN, Launch
 
 _LONGEST_MESSAGE = 1 << 20
 
@@ -31,13 +35,22 @@ class Training:
 
     Args:
         arguments: the script's. environment: of the ranks; limits on files are those of this process.
+        output: what they write to; none: `communicate` returns it.
 
     Attributes:
         pid: of the session and of the process that waits for the ranks. args: what was started.
     """
 
-    def __init__(self, script: Path, arguments: Sequence[str], ranks: int, port: int, environment: dict[str, str]):
-        self._output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+    def __init__(
+        self,
+        script: Path,
+        arguments: Sequence[str],
+        ranks: int,
+        port: int,
+        environment: dict[str, str],
+        output: IO[str] | None = None,
+    ):
+        self._output = output or tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.args = [str(script), *arguments]
         self.returncode: int | None = None
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
@@ -68,6 +81,19 @@ class Training:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.wait(60)
+
+
+class WarmLaunch(Launch):
+    """Like `Launch`, of the same command for this machine; but ranks are forked, without the deepspeed launcher."""
+
+    def __init__(self, command: Sequence[str], output: IO[str]):
+        self._signature, self._is_clustered = list(command[command.index("--config") :]), False
+        ranks, port = (int(command[command.index(name) + 1]) for name in ("--num_gpus", "--master_port"))
+        arguments = command[command.index(str(TRAIN)) + 1 :]
+        self.process = Training(TRAIN, arguments, ranks, port, environment(), output)
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        return dict(enumerate(sorted(processes.below(self.process.pid), key=lambda p: p.pid)))
 
 
 @functools.cache
@@ -126,7 +152,6 @@ def _ending_process():  # type: ignore[no-untyped-def]
 
 def _lead(request: dict[str, Any], output: int) -> None:
     """What the process does that waits for the ranks."""
-    os.setsid()
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.clear()
@@ -144,13 +169,26 @@ def _serve(connection: socket.socket) -> None:
         if "poll" in request:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
-        elif not (answer := os.fork()):
-            with _ending_process():
-                connection.close()
-                _lead(request, descriptors[0])
         else:
-            os.close(descriptors[0])
+            answer = _fork_leader(connection, request, descriptors[0])
         connection.send(json.dumps(answer).encode())
+
+
+def _fork_leader(connection: socket.socket, request: dict[str, Any], output: int) -> int:
+    """The process that waits for the ranks, which has a session of its own already, so that all can be killed."""
+    reader, writer = os.pipe()
+    if not (pid := os.fork()):
+        with _ending_process():
+            os.setsid()
+            connection.close()
+            for descriptor in (reader, writer):
+                os.close(descriptor)
+            _lead(request, output)
+    os.close(writer)
+    os.read(reader, 1)  # until the other end is closed
+    for descriptor in (reader, output):
+        os.close(descriptor)
+    return pid
 
 
 # What a rank imports until it ends.

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.launching import ROOT, environment, launched, prepare_sums, scalars, started, tidal_here
+from tests.ranks import halt
 from tidal_dist.history.events import read_events
 from tidal_dist.launching import free_port
 from tidal_dist.training.heartbeat import heartbeat_file
@@ -135,7 +136,7 @@ def test_a_rank_that_stands_still_is_named_and_a_second_signal_ends_at_once(conf
             wait_until(lambda rank=rank: beat(run, rank)["step"] > 3 and beat(run, rank)["pid"], process)
             for rank in (0, 1)
         )
-        os.kill(second, signal.SIGSTOP)
+        halt(second)
         result = tidal_here("diagnose", run, "--json")
         report = json.loads(result.stdout)
         assert (result.returncode, report["status"], report["culprits"]) == (1, "hung", [1])

@@ -10,6 +10,7 @@ import pytest
 from tests.hosts.cluster import Cluster
 from tests.hosts.launches import PATIENCE, launch
 from tests.launching import prepare_sums, started
+from tests.ranks import halt
 from tidal_dist.drill.evidence import recorded_losses
 from tidal_dist.history.events import read_events
 
@@ -33,7 +34,7 @@ def test_a_rank_is_killed_then_a_host_is_gone_and_the_run_goes_on_until_it_is_st
         two.wait_for("step 12", lambda: two.beat(1)["step"] >= 12)
         started = two.beat(0)["started"]
         # The rank on alpha hangs as in a collective of NCCL, which does not notice that the other one is gone.
-        two.ranks("alpha")[0].suspend()
+        halt(two.ranks("alpha")[0].pid)
         two.ranks("beta")[0].kill()
         two.wait_for("all down", two.are_down)
         two.wait_for("a next step", lambda: two.beat(0)["started"] != started and two.beat(0)["step"] > 10)

@@ -6,7 +6,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ Moment = Literal["start", "step", "save", "validation"]
 _AIMS: dict[Moment, int] = {"start": 15, "step": 30, "save": 40, "validation": 15}
 _POLL_SECONDS = 0.01
 _LAUNCH_SECONDS = 600.0
-_STEPS_PER_KILL, _STEPS_AFTER = 4, 12
+_STEPS_PER_KILL, _STEPS_AFTER = 6, 12
 _FIRST_STEP = re.compile(r"first step ([\d.]+) s after the process began: (.*)")
 
 
@@ -36,7 +36,6 @@ class Plan:
         kills: how many. ranks: chosen from at each start. seed: of all that is random.
         minutes: in which all kills must have happened.
         save_every, validate_every: steps.
-        command: what starts a training: of its configuration, arguments and number of ranks.
     """
 
     config_file: str
@@ -48,7 +47,6 @@ class Plan:
     minutes: float = 120.0
     save_every: int = 3
     validate_every: int = 12
-    command: Callable[[str, Sequence[str], int], list[str]] = command_on_this_machine
 
     @property
     def steps(self) -> int:
@@ -193,16 +191,15 @@ class _Soak:
             until = began + self.random.random() * self.start_seconds
             self._wait(launch, lambda: time.monotonic() > until)
             return None
-        last = self.plan.steps - 1
+        # However fast steps are, there are some left for each of the kills to come.
+        last = _STEPS_PER_KILL * (len(self.report.kills) + 1)
         self._wait(launch, lambda: self._step() > start or start >= last)
         seen, wished = time.monotonic(), min(start + self.random.randint(1, 2 * self.plan.save_every + 2), last)
         self._wait(launch, lambda: self._step() >= wished)
-        if aim == "step":
-            time.sleep(self.random.random() * 0.2)
-            return seen
         # What is aimed at may have begun and ended between two looks; then the next one is waited for.
-        self._wait(launch, lambda: self._phase(start) == aim or self._step() >= last)
-        time.sleep(self.random.random() * {"save": 0.15, "validation": 1.5}.get(aim, 0.0))
+        self._wait(launch, lambda: aim in ("step", self._phase(start)) or self._step() >= last)
+        until = time.monotonic() + self.random.random() * {"step": 0.2, "save": 0.15, "validation": 1.5}[aim]
+        self._wait(launch, lambda: time.monotonic() > until or self._step() > last)
         return seen
 
     def _phase(self, start: int) -> Moment:
@@ -246,7 +243,7 @@ class _Soak:
         arguments = [*resume, *self.plan.overrides, *(f"{key}={value}" for key, value in settings.items())]
         self.plan.folder.mkdir(parents=True, exist_ok=True)
         with open(self._log(), "w", encoding="utf-8") as log:
-            return Launch(self.plan.command(self.plan.config_file, arguments, ranks), log)
+            return Launch(command_on_this_machine(self.plan.config_file, arguments, ranks), log)
 
     def _wait(self, launch: Launch, reached: Callable[[], bool], may_end: bool = False) -> None:
         deadline = time.monotonic() + _LAUNCH_SECONDS
