@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.exporting import write_small_export
 from tidal_dist.errors import ExportError
-from tidal_dist.export.package import load_export, verify_export
+from tidal_dist.export.package import load_export
+from tidal_dist.export.proof import verify_export
 
 
 def edit_config(folder: Path, edit: Callable[[dict], object]) -> None:
@@ -34,13 +35,14 @@ def test_loads_what_was_written(tmp_path: Path) -> None:
     assert not exported.model.training
     assert exported.model.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(exported.model.state_dict()[n], w) for n, w in model.state_dict().items())
-    assert verify_export(tmp_path / "export") == pytest.approx(exported.provenance.probe_loss, rel=1e-6)
+    assert verify_export(tmp_path / "export").probe_loss == pytest.approx(exported.provenance.probe_loss, rel=1e-6)
     assert {p.name for p in (tmp_path / "export").iterdir()} == {
         "model.safetensors",
         "tokenizer.json",
         "probe.safetensors",
         "training.yaml",
         "config.json",
+        "README.md",
     }
 
 
@@ -89,7 +91,7 @@ def test_weights_are_loaded_strictly(tmp_path: Path, edit: Callable, expected: s
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
-        (lambda c: c.update(format=99), "format 99, this program reads 1"),
+        (lambda c: c.update(format=99), "format 99, this program reads up to 2; install a newer"),
         (lambda c: c.pop("model"), "lacks model"),
         (lambda c: c["model"].update(wings=2), "not a configuration this program knows"),
         (lambda c: c["provenance"].update(tokenizer_hash="0" * 64), "its tokeniser is not the one of the training"),

@@ -101,6 +101,7 @@ class Stub:
     """
 
     def __new__(cls, *arguments: Any, **_: Any) -> "Stub":
+        """Keep what the object would have been made of."""
         stub = super().__new__(cls)
         stub.arguments, stub.state = arguments, {}
         return stub
@@ -210,7 +211,8 @@ class _Unpickler(pickle.Unpickler):
             expected *= size
         # Where a dimension has one element, or there is no element at all, its stride means nothing.
         is_contiguous = not expected or all(
-            size == 1 or step == found for size, step, found in zip(reversed(shape), steps, reversed(stride), strict=True)
+            size == 1 or step == found
+            for size, step, found in zip(reversed(shape), steps, reversed(stride), strict=True)
         )
         if is_contiguous and offset + expected > storage.numel:
             raise ValueError(f"a tensor of {expected} elements from {offset} on in a storage of {storage.numel}")
