@@ -73,6 +73,11 @@ def write_export_of(
         if texts:
             files[TEXTS] = Path(name) / "x"
             files[TEXTS].write_bytes(texts_bytes(texts))
-        made = Provenance(**fields | provenance)  # type: ignore[arg-type]
-        weights = held(model.state_dict())
-        write_export(out, Product(weights, model.config, tokenizer.segmentation, files, made, **product))
+        content: dict[str, Any] = {
+            "weights": held(model.state_dict()),
+            "model": model.config,
+            "segmentation": tokenizer.segmentation,
+            "files": files,
+            "provenance": Provenance(**fields | provenance),  # type: ignore[arg-type]
+        }
+        write_export(out, Product(**content | dict(product)))
