@@ -1,7 +1,7 @@
 """Exports of models with random weights, without any training."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,8 @@ from data_pipeline.segmentation import segmentation_hash
 from data_pipeline.stream import Batch
 from data_pipeline.tokenizer import MixedTokenizer
 from tests.builders import document_of, packed, small_model, small_tokenizer
-from tidal_dist.export.package import PROBE, TEXTS, TOKENIZER, TRAINING
+from tidal_dist.export.package import MODEL, PROBE, TEXTS, TOKENIZER, TRAINING, stored_tensors
+from tidal_dist.export.tensor_files import write_tensors
 from tidal_dist.export.weights import held
 from tidal_dist.export.write import Product, write_export
 from tidal_dist.model.transformer import TidalTransformer
@@ -32,6 +33,13 @@ def write_small_export(out: Path, probe_loss_error: float = 0.0, **product: Any)
     training = "run_dir: somewhere\n"
     write_export_of(out, model, tokenizer, probe, training, probe_loss_error=probe_loss_error, product=product)
     return model
+
+
+def change_weights(export: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Make the file of weights hold what `change` makes of each by its name; it stays as long as it is."""
+    stored = {name: w.clone() for name, w in stored_tensors(export).tensors.items()}
+    changed = held({name: change(name, w) for name, w in stored.items()})
+    write_tensors(export / MODEL, changed, list(changed.shapes), torch.float32, lambda _, piece: piece)
 
 
 def write_export_of(

@@ -57,7 +57,8 @@ def load_export(folder: str | Path, dtype: torch.dtype | None = None) -> Exporte
     """
     folder = Path(folder)
     content = read_config(folder)
-    _check_sizes(folder, content)
+    # People may write on the card: that is for `tidal verify` to tell.
+    check_sizes(folder, {name: file for name, file in content["files"].items() if name != CARD})
     try:
         segmentation = SegmentationConfig.model_validate(content["segmentation"])
         config = ModelConfig.model_validate(content["model"])
@@ -116,10 +117,15 @@ def model_of_weights(
     return model.eval()
 
 
-def _check_sizes(folder: Path, content: dict[str, Any]) -> None:
-    for name, expected in content["files"].items():
+def check_sizes(folder: Path, files: dict[str, Any]) -> None:
+    """Check that files are there in full. files: as in `config.json`.
+
+    Raises:
+        ExportError: one is not.
+    """
+    for name, expected in files.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if found != expected["bytes"] and name != CARD:  # which people may write on; `tidal verify` tells
+        if found != expected["bytes"]:
             state = "missing" if found is None else f"{found} bytes instead of {expected['bytes']}: torn"
             raise ExportError(f"{folder / name}: {state}; {REMEDY}")
 

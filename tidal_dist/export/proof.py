@@ -85,8 +85,9 @@ def verify_export(folder: Path) -> Proof:
     content = read_config(folder)
     if package.checksum(content) != content["checksum"]:
         raise ExportError(f"{folder / package.CONFIG}: its content is not what was written; {REMEDY}")
+    package.check_sizes(folder, content["files"])
     for name, recorded in content["files"].items():
-        if (folder / name).is_file() and sha256_of(folder / name) != recorded["sha256"]:
+        if sha256_of(folder / name) != recorded["sha256"]:
             raise ExportError(f"{folder / name}: its content is not what was written; {REMEDY}")
     return prove(folder)
 

@@ -78,7 +78,7 @@ def read_into(path: Path, data: torch.Tensor, start: int) -> None:
     Raises:
         CheckpointError: they cannot be read.
     """
-    view = memoryview(data.numpy())
+    view = memoryview(data.numpy().data)
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
