@@ -12,11 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("data_pipeline", "tidal_dist", "launch")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 HEAVY = ("torch", "numpy", "deepspeed", "matplotlib", "pydantic", "datatrove", "fastapi", "webdataset", "tokenizers")
-MAY_IMPORT_DEEPSPEED = {
-    "tidal_dist.training.engine",
-    "tidal_dist.training.checkpoint",
-    "tidal_dist.export.consolidate",
-}
+MAY_IMPORT_DEEPSPEED = {"tidal_dist.training.engine"}
 
 
 def module_of(path: Path) -> str:
@@ -124,14 +120,15 @@ def test_only_few_modules_import_deepspeed() -> None:
     [
         m
         for m in modules_in(
-            "tidal_dist.generation", "tidal_dist.model", "tidal_dist.doctor", "tidal_dist.inspection", "data_pipeline"
+            "tidal_dist.generation",
+            "tidal_dist.model",
+            "tidal_dist.doctor",
+            "tidal_dist.inspection",
+            "tidal_dist.export",
+            "data_pipeline",
         )
     ]
-    + [
-        m
-        for m in ("tidal_dist.config", "tidal_dist.errors", "tidal_dist.cli", "tidal_dist.export.package")
-        if m in MODULES
-    ],
+    + [m for m in ("tidal_dist.config", "tidal_dist.errors", "tidal_dist.cli") if m in MODULES],
 )
 def test_deepspeed_is_not_needed_to_use_a_model(module: str) -> None:
     assert not {name for name in loaded_with(module) if within(name, "deepspeed")}

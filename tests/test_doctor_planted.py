@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from data_pipeline import layout, pieces, rows
 from data_pipeline.layout import IGNORED, NO_DOCUMENT, Slots
@@ -27,6 +26,7 @@ from tests.doctoring import (
     write_corpus,
     write_random_export,
 )
+from tests.exporting import change_weights
 from tidal_dist.config import Config
 from tidal_dist.doctor.evidence import Evidence
 from tidal_dist.doctor.examine import examine
@@ -34,6 +34,7 @@ from tidal_dist.doctor.report import Report
 from tidal_dist.doctor.sizes import Sizes
 from tidal_dist.doctor.subject import Subject, load_subject
 from tidal_dist.export import package
+from tidal_dist.export.package import load_export
 from tidal_dist.generation import engine, sampling, sequence, utf8
 from tidal_dist.generation.cache import Cache
 from tidal_dist.model import attention, positions, transformer
@@ -145,11 +146,11 @@ class Scene:
 
     def on_weights(self, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
         """Change the weights that generation loads; the file stays."""
-        self.around(package, "load_file", lambda original, path: change(original(path)))
+        self.around(package, "model_of_weights", lambda original, *a: original(*a[:-1], change(dict(a[-1]))))
 
     def on_provenance(self, **changes: Any) -> None:
         """Change what the training recorded."""
-        provenance = package.load_export(self.export).provenance
+        provenance = load_export(self.export).provenance
         self.changes["provenance"] = replace(provenance, **changes)
 
     def examined(self) -> tuple[Report, Evidence]:
@@ -429,18 +430,16 @@ def initial_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def nan_in_the_file(scene: Scene) -> None:
-    model = write_random_export(scene.folder / "export", scene.config) / package.MODEL
-    weights = load_file(model)
-    weights["norm.weight"][3] = float("nan")
-    save_file(weights, model)
-    scene.export = model.parent
+    scene.export = write_random_export(scene.folder / "export", scene.config)
+    gain = load_export(scene.export).model.norm.weight.detach().clone()
+    gain[3] = float("nan")
+    change_weights(scene.export, lambda name, w: gain if name == "norm.weight" else w)
 
 
 def weights_of_another_step(scene: Scene) -> None:
     """The file holds weights that were trained on after the probe's loss was taken."""
-    model = write_random_export(scene.folder / "export", scene.config) / package.MODEL
-    save_file({name: w * 1.01 for name, w in load_file(model).items()}, model)
-    scene.export = model.parent
+    scene.export = write_random_export(scene.folder / "export", scene.config)
+    change_weights(scene.export, lambda _, w: w * 1.01)
 
 
 def another_base_in_the_export(scene: Scene) -> None:

@@ -82,12 +82,9 @@ def parser() -> argparse.ArgumentParser:
     add_config(rehearsal)
     run.add_drill(rehearsal)
 
-    export = add("export", model.export, "Turn a training checkpoint into one folder of safetensors.")
-    export.add_argument("source", type=Path, help="a run folder or a checkpoint")
-    export.add_argument("out", type=Path, help="the folder to write")
-    export.add_argument("--which", default="best", help="checkpoint of the run: best (default), last, or a step")
+    model.add_export(add("export", model.export, "Turn a training checkpoint into one folder of safetensors, proven."))
 
-    verify = add("verify", model.verify, "Check an export's files and repeat its probe batch.")
+    verify = add("verify", model.verify, "Prove an export anew: its files, tensors, probe batch, texts, tokeniser.")
     verify.add_argument("export", type=Path)
 
     model.add_generate(add("generate", model.generate, "Continue prompts with an exported model."))

@@ -1,17 +1,24 @@
-"""What weights were made from, and the probe that proves wherever they are loaded that they are still the same."""
+"""What weights were made from, and what proves wherever they are loaded that they are still the same: a probe batch
+with its loss, and prompts with the texts that were written after them."""
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save
 
+from data_pipeline.errors import UserError
 from data_pipeline.layout import Slots
 from data_pipeline.stream import Batch
 
 # Sums in another order (other kernels, threads, ranks) move a float32 loss by about 1e-6, a bf16 one by about 1e-3.
-PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+# Weights that are rounded to fp16, whose steps are 8 times finer than bf16's, lie in between.
+PROBE_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1e-2}
+_TEXTS_FORMAT = 1
+_LONGEST_TEXT = 64  # bytes that are stored: to write them again takes a pass of the model for each
 
 
 @dataclass(frozen=True)
@@ -69,3 +76,46 @@ def probe_loss(model: Any, batch: Batch, device: torch.device | str) -> float:
         loss = float(model(batch.tokens, batch.chars, batch.labels)) / max(batch.label_count(), 1)
     model.train(training)
     return loss
+
+
+@dataclass(frozen=True)
+class StoredText:
+    """A greedy text: `blocks` after the blocks of `prompt`, within `max_bytes` and `max_blocks`; `finish` says why it
+    ends there."""
+
+    prompt: list[str]
+    blocks: list[str]
+    finish: str
+    max_bytes: int
+    max_blocks: int | None
+
+    def shortened(self) -> "StoredText":
+        """The text as a limit of 64 bytes would have made it."""
+        size, kept = 0, []
+        for block in self.blocks:
+            size += len(block.encode())
+            if size > _LONGEST_TEXT:
+                break
+            kept.append(block)
+        finish = self.finish if len(kept) == len(self.blocks) else "length"
+        return StoredText(self.prompt, kept, finish, min(self.max_bytes, _LONGEST_TEXT), self.max_blocks)
+
+
+def texts_bytes(texts: Iterable[StoredText]) -> bytes:
+    """The content of `texts.json`."""
+    return json.dumps({"format": _TEXTS_FORMAT, "texts": [asdict(text) for text in texts]}, indent=1).encode()
+
+
+def read_texts(path: Path, error: type[UserError]) -> list[StoredText]:
+    """The texts of a file.
+
+    Raises:
+        error: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != _TEXTS_FORMAT:
+            raise ValueError(f"format {content['format']}, this program reads {_TEXTS_FORMAT}")
+        return [StoredText(**text) for text in content["texts"]]
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        raise error(f"{path}: cannot read ({reason}); export the checkpoint anew") from None

@@ -1,23 +1,33 @@
 """Real runs that are killed while they save, find damaged checkpoints, a full disk, other ranks and other stages."""
 
+import json
 import os
 import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipeline.tokenizer import MixedTokenizer
+from tests.checkpoints import write_checkpoint
 from tests.launching import error_lines, largest_file, launch, launched, prepare_sums, scalars, started, tidal_here
+from tidal_dist.config import load_config
+from tidal_dist.export.consolidate import consolidated_weights
+from tidal_dist.export.package import model_of_weights
+from tidal_dist.export.torch_file import StoredTensor, read_torch_file
 from tidal_dist.history.events import read_events
 from tidal_dist.history.log import read_log
+from tidal_dist.provenance import load_probe
 from tidal_dist.training.checkpoint import load_state
 from tidal_dist.training.commit import complete_checkpoints, step_of
 
 pytestmark = pytest.mark.slow
 
+OPTIMIZER = "optimizer_state_dict"
 # No weight moves: what is exported after the resume is what was saved before it.
 STILL = (
     "training={learning_rate: 1.0e-30, steps: %d, batch_rows: 8, warmup_steps: 0, zero_stage: %d, log_every_steps: 1}"
@@ -117,3 +127,45 @@ def test_a_disk_that_refuses_costs_no_checkpoint_that_is_there(config: Path, str
     assert scalars(run)["checkpoint/failed"] == {4: 1.0, 5: 1.0}
     assert steps(run) == [3]
     assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_an_export_writes_the_texts_that_validation_wrote(straight: Path, tmp_path: Path) -> None:
+    for which, texts in (("6", 2), ("3", 2)):
+        result = tidal_here("export", straight, tmp_path / which, "--which", which, "--json")
+        report = json.loads(result.stdout)
+        assert report["texts"] == texts
+    assert "data: corpus | 48 rows" in (tmp_path / "6" / "README.md").read_text()
+
+
+def test_checkpoints_that_tests_make_are_laid_out_as_real_ones(straight: Path, tmp_path: Path) -> None:
+    """Figures of an export are measured on them."""
+    real = straight / "checkpoints" / "step-00000006"
+    config = load_config(real / "config.yaml")
+    tokenizer = MixedTokenizer.load(real / "tokenizer.json", config.segmentation)
+    model = model_of_weights(config.model, tokenizer, consolidated_weights(real))
+    probe = load_probe(real / "probe.safetensors")
+    ours = write_checkpoint(tmp_path / "checkpoints", 6, model, tokenizer, probe, stage=3, ranks=2)
+    assert {path.name for path in ours.iterdir()} == {path.name for path in real.iterdir()} - {"texts.json"}
+    for path in sorted(real.glob("*.pt")):
+        found, truth = (read_torch_file(folder / path.name) for folder in (ours, real))
+        for keys in (["param_shapes"], ["module"], [OPTIMIZER, "fp32_flat_groups"], [OPTIMIZER, OPTIMIZER, "state"]):
+            if keys[0] in truth:
+                assert _outline(found, keys) == _outline(truth, keys)
+        # Beside the tensors there are only names and settings.
+        assert abs((ours / path.name).stat().st_size - path.stat().st_size) < 4000
+    assert_equal(consolidated_weights(ours), consolidated_weights(real))
+
+
+def _outline(content: Any, keys: list[str]) -> Any:
+    """What of a file stands under some keys: types and shapes of tensors."""
+    for key in keys:
+        content = content[key]
+    return _plain(content)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, StoredTensor):
+        return value.dtype, value.shape
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

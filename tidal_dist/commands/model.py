@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from data_pipeline.errors import UserError
@@ -23,6 +25,45 @@ def add_generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch-size", type=int, default=64, help="prompts at a time (default: %(default)s)")
     sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     sub.add_argument("--trace", action="store_true", help="show each block: chars, turned text, tokens, positions")
+
+
+def add_export(sub: argparse.ArgumentParser) -> None:
+    """Arguments of `tidal export`."""
+    sub.add_argument("source", type=Path, help="a run folder or a checkpoint")
+    sub.add_argument("out", type=Path, help="the folder to write")
+    sub.add_argument(
+        "--which", default="best", help="of a run: best (default), last, a step, or ema: the average of its checkpoints"
+    )
+    sub.add_argument(
+        "--ema-decay",
+        type=float,
+        default=0.9,
+        help="how much a checkpoint counts beside the next (default: %(default)s)",
+    )
+    sub.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="default: as trained, fp32")
+    sub.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="of a file of weights: 500MB, 2GiB (default: %(default)s)",
+    )
+
+
+def _bytes_of(name: str, text: str) -> int:
+    """A size such as 5GB in bytes.
+
+    Raises:
+        UserError: it is none.
+    """
+    powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    size = 0
+    if match:
+        unit = 1024 if match[3] else 1000
+        size = int(float(match[1]) * unit ** powers[match[2].upper()])
+    if size < 1:
+        raise UserError(f"{name} {text}: no size; give one such as 500MB or 5GB")
+    return size
 
 
 def add_inspect(sub: argparse.ArgumentParser) -> None:
@@ -57,24 +98,26 @@ def add_doctor(sub: argparse.ArgumentParser) -> None:
 
 def export(arguments: argparse.Namespace) -> int:
     """`tidal export`."""
-    from tidal_dist.export.consolidate import export
+    check_range("--ema-decay", arguments.ema_decay, 0.0, 1.0)
+    max_file_bytes = _bytes_of("--max-shard-size", arguments.max_shard_size)
+    from tidal_dist.export.consolidate import Choice, export
 
-    report = export(arguments.source, arguments.out, arguments.which)
-    text = (
-        f"{report['export']}: {report['parameters']:,} parameters of step {report['step']}; probe loss "
-        f"{report['probe_loss_export']:.6f} (checkpoint {report['probe_loss_checkpoint']:.6f})"
+    choice = Choice(arguments.which, arguments.ema_decay, arguments.dtype, max_file_bytes)
+    report = export(arguments.source, arguments.out, choice)
+    average = f" and {len(report['averaged']) - 1} before it, averaged" if report["averaged"] else ""
+    first = (
+        f"{report['export']}: {report['parameters']:,} parameters of step {report['step']}{average}, {report['dtype']}"
     )
-    return print_report(arguments, report, text)
+    return print_report(arguments, report, "\n  ".join([first, *report["proof"]]))
 
 
 def verify(arguments: argparse.Namespace) -> int:
     """`tidal verify`."""
-    from tidal_dist.export.package import verify_export
+    from tidal_dist.export.proof import verify_export
 
-    loss = verify_export(arguments.export)
-    return print_report(
-        arguments, {"export": str(arguments.export), "probe_loss": loss}, f"good; probe loss {loss:.6f}"
-    )
+    proof = verify_export(arguments.export)
+    report = {"export": str(arguments.export)} | asdict(proof)
+    return print_report(arguments, report, "\n  ".join(["good", *proof.lines()]))
 
 
 def generate(arguments: argparse.Namespace) -> int:

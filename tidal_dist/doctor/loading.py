@@ -7,7 +7,7 @@ import torch
 
 from tidal_dist.doctor.report import Finding
 from tidal_dist.doctor.subject import Subject
-from tidal_dist.export.package import TORCH_DTYPE
+from tidal_dist.export.tensor_files import DTYPES
 from tidal_dist.provenance import PROBE_TOLERANCE, probe_loss
 
 
@@ -47,7 +47,7 @@ def finite(subject: Subject) -> Finding:
 def probe_is_repeated(subject: Subject) -> Finding:
     """The loss of the stored probe batch, in the training's precision, is the one that the checkpoint stored."""
     precision, truth = subject.provenance.precision, subject.provenance.probe_loss
-    model = copy.deepcopy(subject.model).to(TORCH_DTYPE[precision])
+    model = copy.deepcopy(subject.model).to(DTYPES[precision])
     found = probe_loss(model, subject.probe, subject.device)
     bound = PROBE_TOLERANCE[precision] * max(1.0, abs(truth))
     where = f"{subject.path}: probe batch, loss {found:.6f} nats a label, the checkpoint stored {truth:.6f}"

@@ -1,13 +1,13 @@
 """What the doctor examines: a model as generation loads it, with everything it was trained with, and its shards."""
 
 import copy
+import math
 import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from data_pipeline.rows import RowReader, row_format_of
 from data_pipeline.shards import SPLITS, Manifest
@@ -58,16 +58,18 @@ def load_subject(path: Path, shards: Path, device: str = "cpu") -> Subject:
     if not any(entry["documents"] for split in SPLITS for entry in manifest.shards(split)):
         raise ShardError(f"{shards}: the shards hold no documents; run `tidal prepare` on a corpus that has some")
     if (path / package.CONFIG).is_file():
-        _check_memory(path, (path / package.MODEL), device)
-        exported = package.load_export(path)
+        content = package.read_config(path)
+        _check_memory(path, content["parameters"] * torch.float32.itemsize, device)
+        exported = package.load_export(path, torch.float32)
         files = {name: path / name for name in (package.TRAINING, package.PROBE)}
-        weights = load_file(path / package.MODEL)
+        weights = {name: w.float() for name, w in package.stored_tensors(path, content).tensors.items()}
         model, tokenizer, provenance = exported.model, exported.tokenizer, exported.provenance
     else:
         checkpoint = _checkpoint(path)
-        _check_memory(checkpoint, checkpoint, device)
         files = {package.TRAINING: checkpoint / ckpt.CONFIG, package.PROBE: checkpoint / ckpt.PROBE}
-        provenance = ckpt.load_state(checkpoint).provenance
+        state = ckpt.load_state(checkpoint)
+        provenance = state.provenance
+        _check_memory(checkpoint, _weight_bytes(state), device)
         weights = consolidated_weights(checkpoint)
         settings = load_config(checkpoint / ckpt.CONFIG)
         tokenizer = MixedTokenizer.load(checkpoint / ckpt.TOKENIZER, settings.segmentation)
@@ -96,13 +98,13 @@ def _checkpoint(path: Path) -> Path:
         ) from None
 
 
-def _check_memory(path: Path, weights: Path, device: str) -> None:
-    """Raises UserError where the weights would not fit in the device's free memory."""
-    files = [weights] if weights.is_file() else [*weights.glob("*model_states.pt"), *weights.glob("*optim_states.pt")]
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    # A checkpoint holds the weights and two moments of the optimizer.
-    parameters_bytes = size if weights.is_file() else size // 3
-    needed, free = _COPIES_IN_MEMORY * parameters_bytes + _ROOM_FOR_PASSES, free_memory(device)
+def _weight_bytes(state: ckpt.TrainingState) -> int:
+    return sum(math.prod(parameter["shape"]) for parameter in state.parameters.values()) * torch.float32.itemsize
+
+
+def _check_memory(path: Path, weight_bytes: int, device: str) -> None:
+    """Raises UserError where weights of so many bytes in float32 would not fit in the device's free memory."""
+    needed, free = _COPIES_IN_MEMORY * weight_bytes + _ROOM_FOR_PASSES, free_memory(device)
     if needed > free:
         raise UserError(
             f"{path}: the examination needs about {needed / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free; "

@@ -192,13 +192,16 @@ class _Rehearsal:
 
     def probed(self) -> None:
         """The export, loaded as users load it."""
-        from tidal_dist.export.package import load_export, verify_export
+        from tidal_dist.export.package import load_export
+        from tidal_dist.export.proof import verify_export
         from tidal_dist.generation.decoder import Decoder
         from tidal_dist.generation.request import Limits
 
         self.say("probe")
-        loss = verify_export(self.folder / "export")
-        self.report.add("probe: files and loss", "as exported", f"{loss:.6f}", True)
+        proof = verify_export(self.folder / "export")
+        self.report.add(
+            "probe: files, loss, texts", "as exported", f"{proof.probe_loss:.6f}, {proof.texts} texts", True
+        )
         exported = load_export(self.folder / "export")
         limits = Limits(max_bytes=10_000, max_blocks=_GENERATED_BLOCKS)
         result = Decoder(exported.model, exported.tokenizer).generate([""], limits=limits)[0]

@@ -1,7 +1,10 @@
 """A training checkpoint of any number of ranks -> one exported folder."""
 
-import contextlib
-import sys
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,29 @@ import torch
 
 from tidal_dist.config import load_config
 from tidal_dist.errors import CheckpointError
-from tidal_dist.export.package import PROBE, TOKENIZER, TRAINING, write_export
+from tidal_dist.export.package import PROBE, TEXTS, TOKENIZER, TRAINING
+from tidal_dist.export.weights import UNIVERSAL, Weights, averaged, stored_weights
+from tidal_dist.export.write import LARGEST_FILE, Product, write_export
 from tidal_dist.training import checkpoint as ckpt
-from tidal_dist.training.commit import best_checkpoint, complete_checkpoints, content_problem, step_of
+from tidal_dist.training.commit import COMMIT, best_checkpoint, complete_checkpoints, content_problem, step_of
+
+AVERAGE = "ema"
+_MOST_HASHERS = 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is exported of a run, and how.
+
+    Attributes:
+        which: the "best" checkpoint, the "last", that of a step, or "ema": their average with `decay`.
+        dtype: fp32, bf16 or fp16. max_file_bytes: of a file of weights.
+    """
+
+    which: str = "best"
+    decay: float = 0.9
+    dtype: str = "fp32"
+    max_file_bytes: int = LARGEST_FILE
 
 
 def find_checkpoint(path: Path, which: str) -> Path:
@@ -22,10 +45,14 @@ def find_checkpoint(path: Path, which: str) -> Path:
     """
     if (path / ckpt.STATE).is_file():
         return path
+    if (path / UNIVERSAL).is_dir():
+        names = f"{ckpt.STATE}, {ckpt.CONFIG}, {ckpt.TOKENIZER} and {ckpt.PROBE}"
+        raise CheckpointError(
+            f"{path}: a universal checkpoint without {ckpt.STATE}; copy {names} into it from the checkpoint that it "
+            "was made of"
+        )
+    complete = _checkpoints(path)
     folder = path / "checkpoints"
-    complete = complete_checkpoints(folder)
-    if not complete:
-        raise CheckpointError(f"{path}: neither a checkpoint nor a run with a complete one in {folder}")
     if which == "last":
         return complete[-1]
     if which == "best":
@@ -36,55 +63,101 @@ def find_checkpoint(path: Path, which: str) -> Path:
     return steps[which]
 
 
-def export(path: Path, out: Path, which: str = "best") -> dict[str, Any]:
-    """Export a checkpoint; a report of what was written and proven.
+def _checkpoints(run: Path) -> list[Path]:
+    complete = complete_checkpoints(run / "checkpoints")
+    if not complete:
+        raise CheckpointError(f"{run}: neither a checkpoint nor a run with a complete one in {run / 'checkpoints'}")
+    return complete
+
+
+def export(path: Path, out: Path, choice: Choice | str = Choice()) -> dict[str, Any]:
+    """Export a checkpoint, or the average of a run's; a report of what was written and proven.
+
+    Args:
+        choice: a string is the checkpoint, everything else as it comes.
 
     Raises:
-        CheckpointError: there is no checkpoint, or files of it are missing.
-        ExportError: the export does not repeat the checkpoint's probe loss.
+        CheckpointError: there is no checkpoint, or it is not what was written.
+        ExportError: the export is not the model that was trained, or `out` is there.
+        UserError: the disk refuses.
     """
-    checkpoint = find_checkpoint(path, which)
-    state = ckpt.load_state(checkpoint)
-    config = load_config(checkpoint / ckpt.CONFIG)
-    weights = consolidated_weights(checkpoint)
-    loss = write_export(
+    choice = Choice(choice) if isinstance(choice, str) else choice
+    if choice.which == AVERAGE and (path / ckpt.STATE).is_file():
+        raise CheckpointError(f"{path}: one checkpoint, which has no average; give its run, or leave --which ema out")
+    checkpoints = _checkpoints(path) if choice.which == AVERAGE else [find_checkpoint(path, choice.which)]
+    newest = checkpoints[-1]
+    states = [ckpt.load_state(checkpoint) for checkpoint in checkpoints]
+    config, made = load_config(newest / ckpt.CONFIG), states[-1].provenance
+    weights = [_checked_weights(*pair) for pair in zip(checkpoints, states, strict=True)]
+    files = {TOKENIZER: newest / ckpt.TOKENIZER, PROBE: newest / ckpt.PROBE, TRAINING: newest / ckpt.CONFIG}
+    if (newest / ckpt.TEXTS).is_file():
+        files[TEXTS] = newest / ckpt.TEXTS
+    proof = write_export(
         out,
-        weights,
-        config.model,
-        config.segmentation,
-        {TOKENIZER: checkpoint / ckpt.TOKENIZER, PROBE: checkpoint / ckpt.PROBE, TRAINING: checkpoint / ckpt.CONFIG},
-        state.provenance,
+        Product(
+            averaged(weights, choice.decay) if choice.which == AVERAGE else weights[0],
+            config.model,
+            config.segmentation,
+            files,
+            made,
+            _origin(checkpoints, states, choice),
+            choice.which == AVERAGE,
+            choice.dtype,
+            choice.max_file_bytes,
+        ),
     )
     return {
         "export": str(out),
-        "checkpoint": str(checkpoint),
-        "step": state.provenance.step,
-        "parameters": sum(w.numel() for w in weights.values()),
-        "probe_loss_checkpoint": state.provenance.probe_loss,
-        "probe_loss_export": loss,
+        "checkpoint": str(newest),
+        "averaged": [step_of(checkpoint) for checkpoint in checkpoints] if choice.which == AVERAGE else None,
+        "step": made.step,
+        "dtype": choice.dtype,
+        "parameters": proof.parameters,
+        "probe_loss_checkpoint": made.probe_loss,
+        "probe_loss_export": proof.probe_loss,
+        "texts": proof.texts,
+        "proof": proof.lines(),
     }
 
 
 def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All weights in float32, put together from the ranks' partitions.
+    """All weights in float32 in memory, put together from the ranks' partitions.
 
     Raises:
-        CheckpointError: files are missing or not what was written, or DeepSpeed is not installed.
+        CheckpointError: files are missing or not what was written.
     """
-    if problem := content_problem(checkpoint, (0, 1)):
-        raise CheckpointError(f"{checkpoint}: {problem}; use another checkpoint")
-    state = ckpt.load_state(checkpoint)
-    if state.is_whole:
-        tensors = ckpt.whole_tensors(checkpoint)
-        return {name: tensors(name)[0].float().clone() for name in state.parameters}
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints its progress
-            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    weights = _checked_weights(checkpoint, ckpt.load_state(checkpoint))
+    return {name: weights.whole(name) for name in weights.shapes}
 
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    except ModuleNotFoundError as error:
-        raise CheckpointError(f"{checkpoint}: reading a checkpoint needs {error.name}; install it, or export") from None
-    except (OSError, ValueError, AssertionError, RuntimeError, KeyError, EOFError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint}: files are missing or torn ({reason}); use another checkpoint") from None
-    return {name: tensor.contiguous().clone() for name, tensor in weights.items()}
+
+def _checked_weights(checkpoint: Path, state: ckpt.TrainingState) -> Weights:
+    """The weights of a checkpoint whose files are those that were written.
+
+    A universal checkpoint has no hashes of its files; the digests of the weights speak for it.
+    """
+    if (checkpoint / COMMIT).is_file() or not (checkpoint / UNIVERSAL).is_dir():
+        count = min(_MOST_HASHERS, len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(count) as hashers:
+            problems = hashers.map(lambda i: content_problem(checkpoint, (i, count)), range(count))
+            if problem := next(filter(None, problems), None):
+                raise CheckpointError(f"{checkpoint}: {problem}; use another checkpoint")
+    return stored_weights(checkpoint, state)
+
+
+def _origin(checkpoints: Sequence[Path], states: Sequence[ckpt.TrainingState], choice: Choice) -> dict[str, Any]:
+    newest, state = checkpoints[-1], states[-1]
+    origin: dict[str, Any] = {
+        "checkpoint": newest.name,
+        "which": choice.which,
+        "ranks": state.ranks,
+        "zero_stage": state.layout.get("zero_optimization", {}).get("stage"),
+        "train_seconds": state.train_seconds,
+    }
+    if (newest / COMMIT).is_file():
+        origin["commit_sha256"] = hashlib.sha256((newest / COMMIT).read_bytes()).hexdigest()
+    if "coverage" in state.extra:
+        origin["coverage"] = state.extra["coverage"]
+    if choice.which == AVERAGE:
+        steps = [found.provenance.step for found in states]
+        origin["average"] = {"decay": choice.decay, "steps": steps}
+    return origin

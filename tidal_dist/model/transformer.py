@@ -52,7 +52,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Normal with standard deviation gain / sqrt(inputs)."""
-        nn.init.normal_(self.weight, std=self.gain * self.in_features**-0.5)
+        _draw(self.weight, self.gain * self.in_features**-0.5)
 
 
 class Embedding(nn.Embedding):
@@ -60,7 +60,13 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Normal with standard deviation 1 / sqrt(width)."""
-        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+        _draw(self.weight, self.embedding_dim**-0.5)
+
+
+def _draw(weight: torch.Tensor, deviation: float) -> None:
+    # Where there is no memory there is nothing to draw, and PyTorch would import its compiler for it: two seconds.
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=deviation)
 
 
 class FeedForward(nn.Module):

@@ -18,6 +18,7 @@ from tidal_dist.training.slices import MOMENTS, owned_slices, parameter_order
 from tidal_dist.training.writer import Copied, HostSlice
 
 STATE, PROBE, CONFIG, TOKENIZER = "state.json", "probe.safetensors", "config.yaml", "tokenizer.json"
+TEXTS = "texts.json"  # where its step was validated
 PARAMETER_ORDER = "tidal_parameter_order"
 _WHOLE = "mp_rank_00_model_states.pt"
 

@@ -3,7 +3,7 @@
 RUN/checkpoints/
   step-NNNNNNNN/           takes this name when everything in it lies on the disk
     *.pt                   DeepSpeed's files
-    state.json, config.yaml, tokenizer.json, probe.safetensors
+    state.json, config.yaml, tokenizer.json, probe.safetensors, and texts.json where the step was validated
     COMMIT                 written last: step, and bytes and sha256 of every file
   .step-NNNNNNNN.*         a save under way, or what a kill left of one: the next save removes it
   best.json                the best checkpoint by generation on held-out documents

@@ -22,7 +22,7 @@ from tidal_dist.training.layers import norms_by_layer, owned_weights, samples
 from tidal_dist.training.monitor import RESULTS, flat_settings
 from tidal_dist.training.pace import Pace, Work, host_memory, measured_tflops
 from tidal_dist.training.run import Run
-from tidal_dist.training.state import RunState
+from tidal_dist.training.state import RunState, Texts
 from tidal_dist.training.stopping import next_step, owes_validation
 from tidal_dist.training.telling import tell_saves
 from tidal_dist.training.validation import (
@@ -207,3 +207,4 @@ def _validate(run: Run, state: RunState, early_stop: EarlyStop) -> None:
     monitor.line(f"step {step}: " + " ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
     early_stop.judge(step, metrics)
     state.metrics, state.early_stop = metrics, early_stop.state
+    state.texts = Texts(step, [outcome.text for outcome in outcomes if outcome.text is not None])

@@ -5,20 +5,21 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from data_pipeline.ledger import Ledger
 from data_pipeline.quarantine import QUARANTINE, QuarantineRecord
 from data_pipeline.run_order import order_hash
 from data_pipeline.segmentation import segmentation_hash
 from data_pipeline.shards import Manifest
 from tidal_dist.config import Config
 from tidal_dist.errors import CheckpointError, UserError
-from tidal_dist.provenance import Provenance, probe_bytes, probe_loss
+from tidal_dist.provenance import Provenance, StoredText, probe_bytes, probe_loss, texts_bytes
 from tidal_dist.training import checkpoint as ckpt
 from tidal_dist.training import commit
 from tidal_dist.training import engine as ds
@@ -33,6 +34,14 @@ _Save = tuple[int, dict[str, float]]  # the step and the metrics of its validati
 _RANDOM = "dropout is seeded anew at every step from (seed, step, rank)"
 
 
+@dataclass(frozen=True)
+class Texts:
+    """What the validation after `step` wrote."""
+
+    step: int
+    texts: list[StoredText]
+
+
 @dataclass
 class RunState:
     """Where a run stands, beside weights and optimizer.
@@ -41,6 +50,7 @@ class RunState:
         step: steps made. rolling_hash: of the rows consumed; right on rank 0 alone.
         record: shards and rows that are left out. metrics: of the last validation.
         guard: what the guard of the gradients knows. early_stop: `EarlyStop.state`. Both as JSON has it.
+        texts: of the last validation that this process made.
     """
 
     step: int
@@ -49,6 +59,7 @@ class RunState:
     metrics: dict[str, float] = field(default_factory=dict)
     guard: dict[str, Any] = field(default_factory=dict)
     early_stop: dict[str, Any] = field(default_factory=dict)
+    texts: Texts | None = None
 
 
 class Saver:
@@ -228,12 +239,17 @@ class Saver:
         marks = [mark for mark in found if is_new and found[mark] > self._best[mark]]
         best = {mark: max(self._best[mark], found[mark]) for mark in marks}
         saved = replace(saved, best={mark: value for mark, value in (self._best | best).items() if value > -math.inf})
+        uses = [asdict(use) for use in Ledger(self._data.stream.order).at(saved.provenance.rows)]
+        saved = replace(saved, extra=saved.extra | {"coverage": uses})
+        texts = {}
+        if state.texts and state.texts.step == state.step:  # those of an earlier step are not what these weights write
+            texts = {ckpt.TEXTS: texts_bytes(state.texts.texts)}
         shape_of, metrics = shapes(self._engine), dict(state.metrics)
         training = self._config.training
 
         def files(digests: dict[str, Digest]) -> dict[str, bytes]:
             parameters = {name: {"shape": shape_of[name], "digest": list(digest)} for name, digest in digests.items()}
-            return self._products | {ckpt.STATE: replace(saved, parameters=parameters).as_json()}
+            return self._products | texts | {ckpt.STATE: replace(saved, parameters=parameters).as_json()}
 
         def after() -> None:
             for mark in marks:

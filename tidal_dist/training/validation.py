@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,7 @@ from tidal_dist.plots.attention import attention_figure
 from tidal_dist.plots.canvas import to_png
 from tidal_dist.plots.layout import layout_figure
 from tidal_dist.plots.loss import loss_figure
+from tidal_dist.provenance import StoredText
 from tidal_dist.training.engine import all_sum, device, gather_objects
 from tidal_dist.training.loss import bits_per_byte
 
@@ -36,6 +37,7 @@ _PICTURED_BLOCKS = 48
 Kind = Literal["answer", "next_block", "continuation"]
 _SHOWN = {"answer": 8, "next_block": 4, "continuation": 8}  # examples of each kind
 _SHOWN_CONTEXT = 160  # characters of a context that are shown
+_STORED = 2  # texts of each kind that a checkpoint keeps, so that an export can be seen to write them again
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class Outcome:
     Attributes:
         right: the text is the reference, and an answer ended there. blocks: written, and how many of them would have
             come out ill-formed without a mask. joins: borders between them that cutting the text anew would not set.
-        example: the task and its text, for people; none where it is not shown.
+        example: the task and its text, for people; none where it is not shown. text: the same for the checkpoint.
     """
 
     kind: Kind
@@ -155,6 +157,7 @@ class Outcome:
     ill_formed_blocks: int
     joins: int
     example: dict[str, Any] | None = None
+    text: StoredText | None = None
 
 
 def validation_generation(
@@ -185,7 +188,8 @@ def validation_generation(
         prompts, limits = [group[i].prompt for i in mine], group[0].limits
         results = decoder.generate(prompts, limits=limits, any_unfinished=any_rank)
         for i, result in zip(mine, results, strict=True):
-            outcomes.append(_outcome(group[i], result, is_shown=i < _SHOWN[kind]))
+            outcome = _outcome(group[i], result, is_shown=i < _SHOWN[kind])
+            outcomes.append(replace(outcome, text=_stored(group[i], result)) if i < _STORED else outcome)
     return [outcome for of_rank in gather_objects(outcomes) for outcome in of_rank]
 
 
@@ -205,6 +209,12 @@ def _outcome(task: Task, result: Generation, is_shown: bool) -> Outcome:
     return Outcome(
         task.kind, right, blocks, result.ill_formed_blocks, result.off_canonical_joins, example if is_shown else None
     )
+
+
+def _stored(task: Task, result: Generation) -> StoredText:
+    limits = task.limits
+    text = StoredText(list(task.prompt), list(result.blocks), result.finish, limits.max_bytes, limits.max_blocks)
+    return text.shortened()
 
 
 def generation_metrics(outcomes: Sequence[Outcome]) -> dict[str, float]:
