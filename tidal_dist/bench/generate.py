@@ -5,6 +5,7 @@ Weights are random: how many passes a text takes, and how long a pass is, does n
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -19,6 +20,7 @@ from data_pipeline.tokenizer import EOB, OUTPUT_VOCABULARY, MixedTokenizer, Toke
 from tidal_dist.bench.machine import describe_machine
 from tidal_dist.config import ModelConfig
 from tidal_dist.generation.engine import Engine
+from tidal_dist.generation.passes import compile_layers
 from tidal_dist.generation.request import Limits, Request
 from tidal_dist.model.transformer import TidalTransformer
 
@@ -53,12 +55,13 @@ def bench_generate(
     batch: int = 16,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Time the generation of `blocks` blocks.
 
     Args:
         config: of the model; its weights are random. vocab_size: rows of its embedding.
-        batch: sequences side by side, against as many one by one.
+        batch: sequences side by side, against as many one by one. compiled: see `compile_layers`.
 
     Returns:
         cached_speedup: the seconds that passes without a cache take, over ours. batch_speedup. bandwidth_share: bytes
@@ -72,9 +75,11 @@ def bench_generate(
             .to(dtype)
             .eval()
         )
+    naive = _naive_seconds(model, tokenizer, device, blocks)
+    if compiled:
+        compile_layers(model)
     alone = _generate(model, tokenizer, device, 1, blocks)
     many = _generate(model, tokenizer, device, batch, max(blocks // batch, 8))
-    naive = _naive_seconds(model, tokenizer, device, blocks)
     weights = _bytes_read(model)
     copy = _copy_bandwidth(device)
     return {
@@ -88,6 +93,7 @@ def bench_generate(
         "weight_bytes_per_pass": weights,
         "copy_bytes_per_second": copy,
         "blocks": blocks,
+        "compiled": compiled,
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name() if model.output.weight.is_cuda else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
@@ -143,7 +149,7 @@ def _naive_seconds(model: TidalTransformer, tokenizer: MixedTokenizer, device: s
         piece = piece_of_blocks([_BLOCK.decode()] * int(count), tokenizer, int(count) - 1, ends_document=False)
         tokens, chars, labels = lay_out(piece, tokenizer.byte_lengths, model.config.char_positions)
         batch = batch_of_rows([(tokens, chars, labels)]).to(device)
-        seconds.append(_seconds(lambda b=batch: model(b.tokens, b.chars), device))
+        seconds.append(_seconds(partial(model, batch.tokens, batch.chars), device))
     return float(np.trapezoid(seconds, lengths)) * (len(_BLOCK) + 1)
 
 

@@ -4,17 +4,19 @@ B sequences of a pass, T token and C char slots of each, V ids of the output voc
 """
 
 from dataclasses import dataclass
+from types import MethodType
 
 import numpy as np
 import torch
 
 from data_pipeline.layout import Slots
 from tidal_dist.generation.cache import ARRAYS, Cache
-from tidal_dist.model.transformer import TidalTransformer
+from tidal_dist.model.transformer import Layer, TidalTransformer
 
 Shape = tuple[int, int, int]  # B, T, C
 _GRAPH_TOKENS = (0, 1, 2, 4, 8, 16)  # T of passes that are recorded; passes with more are run as they come
 _GRAPH_CHARS = (1, 4, 8, 16, 32)
+_SHAPES = 256  # that are compiled at most
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,17 @@ class Eager:
         tokens, chars, counts = _unflat(torch.from_numpy(inputs.flat()).to(self._device), inputs.shape)
         self._cache.aim(inputs.rows, counts, inputs.longest)
         return self._model(tokens, chars, past=self._cache)
+
+
+def compile_layers(model: TidalTransformer) -> None:
+    """Have all that layers do beside attention compiled: fewer, larger kernels on a GPU, after a minute at the start.
+
+    One compilation serves all layers, each shape of a pass takes one of its own.
+    """
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _SHAPES)
+    project, finish = (torch.compile(method, dynamic=False) for method in (Layer.project, Layer.finish))
+    for layer in model.layers:
+        layer.project, layer.finish = MethodType(project, layer), MethodType(finish, layer)
 
 
 @dataclass(frozen=True)
