@@ -78,7 +78,7 @@ def compile_layers(model: TidalTransformer) -> None:
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _SHAPES)
     project, finish = (torch.compile(method, dynamic=False) for method in (Layer.project, Layer.finish))
     for layer in model.layers:
-        layer.project, layer.finish = MethodType(project, layer), MethodType(finish, layer)
+        vars(layer).update(project=MethodType(project, layer), finish=MethodType(finish, layer))
 
 
 @dataclass(frozen=True)
