@@ -66,7 +66,7 @@ def write_mixed_config(folder: Path, **sections: dict) -> Path:
         "validation": {"every_steps": 100, "rows": 4, "prompts": 2, "max_bytes": 8},
     }
     for section, values in sections.items():
-        content[section] |= values
+        content[section] = content.get(section, {}) | values
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     return path

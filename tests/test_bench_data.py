@@ -9,12 +9,17 @@ from tidal_dist.config import load_config
 def test_every_figure_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "_STREAM_SECONDS", 0.2)
     monkeypatch.setattr(data, "_SHARDS", 2000)
+    monkeypatch.setattr(data, "_BASELINE_BYTES", 1_000_000)
     config = load_config(
         ROOT / "configs" / "stdlib.yaml",
-        ["corpus.sources=[{path: '{stdlib}/*.py', format: text}]", "corpus.on_bad_record=quarantine"],
+        [
+            "corpus.sources=[{path: '{stdlib}/*.py', format: text}]",
+            "corpus.on_bad_record=quarantine",
+            "tokenizer.sample_bytes=1000000",
+        ],
     )
-    result = data.bench_data(config, megabytes=6, workers=2)
-    assert 6e6 <= result["text_bytes"] < 7e6
+    result = data.bench_data(config, megabytes=3, workers=2)
+    assert 3e6 <= result["text_bytes"] < 4e6
     one, two = result["prepare"]["1"], result["prepare"]["2"]
     assert result["ratio"] == one["cpu_mb_per_second"] / result["baseline"]["cpu_mb_per_second"]
     assert result["speedup"] == one["seconds"] / two["seconds"]

@@ -21,8 +21,8 @@ from tidal_dist.history.past import open_run
 pytestmark = pytest.mark.slow
 
 BAD = f"train/{TIDES}-000001"
-STEPS, BATCH, SAVED_EVERY = 120, 8, 25
-MIX = [{"weights": {SUMS: 0.5, TIDES: 0.5}}, {"from_step": 70, "weights": {SUMS: 0.25, TIDES: 0.75}}]
+STEPS, BATCH, SAVED_EVERY = 64, 8, 14
+MIX = [{"weights": {SUMS: 0.5, TIDES: 0.5}}, {"from_step": 45, "weights": {SUMS: 0.25, TIDES: 0.75}}]
 
 
 class Finished(NamedTuple):
@@ -35,7 +35,8 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     training = {"steps": STEPS, "batch_rows": BATCH, "log_every_steps": 1, "save_every_steps": SAVED_EVERY}
-    path, _ = prepare_mixed(tmp_path_factory.mktemp("bad"), data={"mix": MIX, "workers": 1}, training=training)
+    sections = {"data": {"mix": MIX, "workers": 1}, "monitor": {"pictures": False, "report": False}}
+    path, _ = prepare_mixed(tmp_path_factory.mktemp("bad"), training=training, **sections)
     return path
 
 

@@ -1,13 +1,12 @@
 """Ranks that are lost: the others end with one line, in time, and leave a record of their collectives."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, environment, prepare_sums, tidal_here
+from tests.launching import environment, prepare_sums, tidal_here
+from tests.warm import Training
 from tidal_dist.launching import free_port
 from tidal_dist.training.heartbeat import HEARTBEATS, heartbeat_file
 
@@ -16,6 +15,7 @@ pytestmark = pytest.mark.slow
 # What launch/train.py does, with a run of nothing but exchanges, in which rank 1 falls asleep or dies.
 RANK = """
 import sys, time, os
+os.environ |= {variables}
 from tidal_dist.config import load_config
 from tidal_dist.training import engine as ds, start
 def exchange(config, resume, manifest, tokenizer, share, watch):
@@ -27,10 +27,8 @@ def exchange(config, resume, manifest, tokenizer, share, watch):
         with watch.phases("agree"):
             watch.meeting.any_rank()
 start._train = exchange
-sys.argv = ["train.py", "--config", sys.argv[1], "training.collective_timeout_minutes={minutes}"]
 from launch.train import main
-code = main()
-os._exit(code)
+os._exit(main())
 """
 
 
@@ -40,28 +38,21 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_lost_ranks_end_in_one_line(config: Path, dies: bool) -> None:
-    run = config.parent / "run"
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+def test_lost_ranks_end_in_one_line(config: Path, dies: bool, tmp_path: Path) -> None:
+    run, port, ranks = config.parent / "run", free_port(), []
     # A rank that sleeps is waited for; the time must suffice for the start of both.
-    code = RANK.format(dies=dies, minutes=1 if dies else 0.25)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(config)],
-            env=environment() | variables | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for r in range(2)
-    ]
+    arguments = ["--config", str(config), f"training.collective_timeout_minutes={1 if dies else 0.25}"]
+    # Each by itself: nobody but the network tells one of the other's end.
+    for rank in range(2):
+        variables = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        script = tmp_path / f"rank-{rank}.py"
+        script.write_text(RANK.format(dies=dies, variables=variables))
+        ranks.append(Training(script, arguments, 1, port, environment()))
     try:
         output, _ = ranks[0].communicate(timeout=100)
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
     assert ranks[0].returncode == 1, output
     assert "Traceback" not in output
     [line] = [line for line in output.splitlines() if line.startswith("error:")]
