@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from data_pipeline.files import sha256_of
-from data_pipeline.layout import NO_DOCUMENT
+from data_pipeline.layout import NO_DOCUMENT, Slots
 from data_pipeline.segmentation import segment
 from data_pipeline.stream import Batch
 from data_pipeline.tokenizer import FIRST_TOKEN, MixedTokenizer
@@ -159,13 +159,20 @@ def frugal(exported: Exported) -> Iterator[None]:
 
 
 def _probe_loss(model: TidalTransformer, batch: Batch) -> float:
-    """Nats per label; the rows one after the other, which takes a part of the memory and gives the same sum."""
+    """Nats per label; the rows one after the other and without their padding, which gives the same sum for less."""
     nats = 0.0
     for row in range(len(batch.labels)):
-        tokens, chars = (slots.map(lambda a, row=row: a[row : row + 1]) for slots in (batch.tokens, batch.chars))
-        one = Batch(tokens, chars, batch.labels[row : row + 1])
+        tokens, chars = _filled(batch.tokens, row), _filled(batch.chars, row)
+        one = Batch(tokens, chars, batch.labels[row : row + 1, : chars.ids.shape[1]])
         nats += probe_loss(model, one, "cpu") * max(one.label_count(), 1)
     return nats / max(batch.label_count(), 1)
+
+
+def _filled(slots: Slots, row: int) -> Slots:
+    """One row of slots, without the padding at its end."""
+    used = (slots.document[row] != NO_DOCUMENT).nonzero()
+    end = int(used.max()) + 1 if len(used) else 1
+    return slots.map(lambda a: a[row : row + 1, :end])
 
 
 def _check_tensors(folder: Path, content: dict[str, Any]) -> int:
