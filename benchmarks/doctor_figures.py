@@ -34,8 +34,8 @@ from tidal_dist.generation.request import Limits
 from tidal_dist.generation.sampling import GREEDY
 from tidal_dist.model import transformer
 from tidal_dist.model.attention import Biases, Scoring
+from tidal_dist.model.likelihood import bits_per_byte
 from tidal_dist.plots.canvas import DOTS_PER_INCH, INK, PALE_INK, WIDTH, block_colours, save, shown
-from tidal_dist.training.loss import bits_per_byte
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -158,15 +158,22 @@ def _pieces(
             f"{where}: document {document} has a block of {largest} bytes, which does not fit in "
             f"data.row_chars={row[1]}; make it at least {largest + 1}"
         )
-    for first, supervised, last in _cut(tokens, sizes, prompt, *row, overlap):
+    for first, supervised, last in cut_document(tokens, sizes, prompt, *row, overlap):
         t, c = slot_counts(tokens[first:last], sizes[first:last], supervised - first)
         yield document, first, supervised, last, t, c
 
 
-def _cut(
+def cut_document(
     tokens: np.ndarray, sizes: np.ndarray, prompt: int, row_tokens: int, row_chars: int, overlap: int
 ) -> Iterator[tuple[int, int, int]]:
-    """(first, first supervised, end) block of the pieces of a long document, greedily from its first supervised one."""
+    """The pieces of a document longer than a row, greedily from its first supervised block.
+
+    Args:
+        tokens, sizes: tokens and bytes of each block. prompt: unsupervised leading blocks. overlap: as in `plan_rows`.
+
+    Yields:
+        (first, first supervised, end) block of each piece.
+    """
     token_ends = np.concatenate([[0], np.cumsum(tokens)])
     char_ends = np.concatenate([[0], np.cumsum(sizes + 1)])
     supervised, context = prompt, row_tokens // 2

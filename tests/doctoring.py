@@ -23,7 +23,7 @@ from tests.builders import small_model
 from tests.exporting import write_export_of
 from tidal_dist.config import Config, ModelConfig, TrainingConfig, ValidationConfig
 from tidal_dist.doctor.evidence import Sizes
-from tidal_dist.training.loss import bits_per_byte
+from tidal_dist.model.likelihood import bits_per_byte
 
 SIZES = Sizes(documents=4, blocks=2, rows=4)
 MORE = Sizes(documents=16, blocks=4, rows=16)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidal_dist.training.loss import bits_per_byte, loss_scale
+from tidal_dist.model.likelihood import bits_per_byte
+from tidal_dist.training.loss import loss_scale
 
 RANKS = st.lists(st.tuples(st.integers(0, 1000), st.floats(0, 10)), min_size=1, max_size=8)
 

@@ -106,15 +106,9 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def _device(name: str) -> str:
-    import torch
+    from tidal_dist.devices import available_device
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available ({str(error).splitlines()[0]}); try --device cpu") from None
-    return name
+    return available_device(name, "--device")
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

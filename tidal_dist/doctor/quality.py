@@ -10,7 +10,7 @@ from data_pipeline.tokenizer import EOS
 from tidal_dist.doctor.control import TIE, held_to_text
 from tidal_dist.doctor.evidence import Case, Evidence
 from tidal_dist.doctor.report import Finding
-from tidal_dist.training.loss import bits_per_byte
+from tidal_dist.model.likelihood import bits_per_byte
 
 _STANDARD_ERRORS = 4.0
 # A training in bf16 repeats its figure only roughly.

@@ -2,37 +2,20 @@
 
 A forward automaton reads the text; a block is read against it backwards. With q the state before the block and s the
 bytes written so far, in reading order, the block may still become any x + s that leads on from q. So for every s the
-states from which s leads on, to the end of a character, are kept, and a byte may come if one of the states before it can be reached from q within
-the bytes that are left. Every byte that is allowed has such a way to finish, so there are no dead ends.
+states from which s leads on, to the end of a character, are kept, and a byte may come if one of the states before it
+can be reached from q within the bytes that are left. Every byte that is allowed has such a way to finish, so there are
+no dead ends.
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
 
 import numpy as np
 
 from data_pipeline.pieces import reverse_block
 from data_pipeline.tokenizer import EOB, EOS, OUTPUT_VOCABULARY
 from tidal_dist.generation.automaton import Automaton, automaton_of_choices, automaton_of_pattern
-
-
-class Constraint(Protocol):
-    """What a continuation, the text after the prompt, is held to. The decoder asks it char by char."""
-
-    def start(self) -> Any:
-        """The state before the first block."""
-
-    def allowed(self, state: Any, written: bytes, room: int) -> np.ndarray:
-        """Which output ids may come next, (261,) bool.
-
-        Args:
-            state: before the block. written: the block's bytes so far, the last one of the text first.
-            room: bytes that may still come.
-        """
-
-    def after(self, state: Any, block: bytes) -> Any:
-        """The state after a finished block; its bytes in reading order."""
+from tidal_dist.generation.request import Constraint
 
 
 class AutomatonConstraint:
@@ -65,7 +48,8 @@ class AutomatonConstraint:
         leading_on = self._leading_on(written)
         if room > 0:
             before = np.flatnonzero(self._distances(state) < room)
-            mask[:256] = leading_on.take(automaton.following[before]).any(axis=0)[automaton.byte_class]
+            by_class: np.ndarray = np.any(leading_on[automaton.following[before]], axis=0)
+            mask[:256] = by_class[automaton.byte_class]
         if written and leading_on[state]:
             after = automaton.after(state, reverse_block(written))
             mask[EOS] = automaton.accepting[after]

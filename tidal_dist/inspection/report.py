@@ -10,7 +10,7 @@ from data_pipeline.pieces import blocks_of_piece
 from data_pipeline.reading import in_reading_order
 from tidal_dist.inspection.document import Shown
 from tidal_dist.inspection.reading import Reading, Shares
-from tidal_dist.training.loss import bits_per_byte
+from tidal_dist.model.likelihood import bits_per_byte
 
 _COLUMNS = ("block", "index", "start_pos", "position", "place")
 Names = Callable[[int], str]

@@ -1,6 +1,5 @@
-"""How a loss is normalised and reported. Pure functions."""
+"""How a loss is normalised."""
 
-import math
 from collections.abc import Callable
 
 
@@ -15,8 +14,3 @@ def loss_scale(labels: int, world: int, all_sum: Callable[[float], float]) -> tu
     """
     total = int(all_sum(labels))
     return world / max(total, 1), total
-
-
-def bits_per_byte(nats: float, text_bytes: float) -> float:
-    """sum(nats, end marks included) / (ln 2 * bytes)."""
-    return nats / (math.log(2) * max(text_bytes, 1))

@@ -21,6 +21,7 @@ from tidal_dist.generation.decoder import Decoder
 from tidal_dist.generation.events import Generation
 from tidal_dist.generation.report import trace_lines
 from tidal_dist.generation.request import Limits
+from tidal_dist.model.likelihood import bits_per_byte
 from tidal_dist.model.maps import char_scores, recorded_maps
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.plots.attention import attention_figure
@@ -28,7 +29,6 @@ from tidal_dist.plots.canvas import to_png
 from tidal_dist.plots.layout import layout_figure
 from tidal_dist.plots.loss import loss_figure
 from tidal_dist.training.engine import all_sum, device, gather_objects
-from tidal_dist.training.loss import bits_per_byte
 
 _PICTURED_BLOCKS = 48
 

@@ -1,0 +1,242 @@
+"""How likely a text is: the likelihood of its blocks, laid out as in training, their end marks included.
+
+Text -> blocks -> one piece, or several where it is long -> rows of one batch -> one pass without a cache.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from data_pipeline.errors import UserError
+from data_pipeline.layout import lay_out_rows
+from data_pipeline.packing import cut_document
+from data_pipeline.pieces import Piece, piece_of_blocks, reverse_block, slot_counts
+from data_pipeline.segmentation import segment
+from data_pipeline.stream import batch_of
+from data_pipeline.tokenizer import EOB, EOS, MixedTokenizer
+from tidal_dist.generation.utf8 import allowed
+from tidal_dist.model.likelihood import bits_per_byte
+from tidal_dist.model.transformer import TidalTransformer
+
+Text = str | Sequence[str]  # or the blocks of one that is already segmented
+DEFAULT_BATCH_SLOTS = 16_384
+
+
+@dataclass(frozen=True)
+class Window:
+    """The most that one pass sees of a text: token and char slots, as of a row in training.
+
+    A longer text is cut at block borders, as training cuts it; each part sees up to half the tokens of the window from
+    before its first block.
+    """
+
+    tokens: int = 1024
+    chars: int = 4096
+
+
+DEFAULT_WINDOW = Window()
+
+
+@dataclass(frozen=True)
+class BlockScore:
+    """What a model says of one block.
+
+    Attributes:
+        logprobs: nats of each char, from the block's end to its start, and of the end mark.
+    """
+
+    text: str
+    logprobs: tuple[float, ...]
+
+    @property
+    def logprob(self) -> float:
+        """Nats of the block, its end mark included."""
+        return math.fsum(self.logprobs)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model says of a text after a context.
+
+    Attributes:
+        blocks: of the text, in reading order.
+        is_greedy: greedy decoding, held to well-formed UTF-8 as ever, would write just these blocks.
+    """
+
+    blocks: tuple[BlockScore, ...]
+    is_greedy: bool
+
+    @cached_property
+    def logprob(self) -> float:
+        """Nats of the text, all end marks included."""
+        return math.fsum(block.logprob for block in self.blocks)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of the text."""
+        return sum(len(block.text.encode()) for block in self.blocks)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """As validation reports it: end marks count, and are no bytes."""
+        return bits_per_byte(-self.logprob, self.bytes)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of pair number `pair`; `is_open`: its last block's text may go on or end."""
+
+    pair: int
+    piece: Piece
+    blocks: Sequence[str]
+    is_open: bool
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """Token and char slots."""
+        return slot_counts(self.piece.block_tokens, self.piece.block_bytes, self.piece.supervised_from)
+
+
+@torch.inference_mode()
+def score(
+    model: TidalTransformer,
+    tokenizer: MixedTokenizer,
+    device: torch.device | str,
+    pairs: Sequence[tuple[Text, Text]],
+    ends: bool = False,
+    window: Window = DEFAULT_WINDOW,
+    batch_slots: int = DEFAULT_BATCH_SLOTS,
+) -> list[Score]:
+    """Log-likelihoods of texts, each after its context.
+
+    Context and text are cut into blocks apart, as a prompt and its answer are in training.
+
+    Args:
+        pairs: (context, text) each. A text without a block has the likelihood 1.
+        ends: the last block ends in `<eos>`: the likelihood of this text and no more. Otherwise in either end mark,
+            with the sum of their probabilities: the likelihood of all texts that begin with these blocks.
+        batch_slots: of tokens and chars together in one pass, which bounds the memory.
+
+    Raises:
+        UserError: a text is not UTF-8, a block is empty or too long, or the window is too small.
+    """
+    longest = tokenizer.segmentation.max_block_bytes + 1
+    if window.tokens < 2 or window.chars < longest:
+        raise UserError(f"a window of {window.tokens} tokens and {window.chars} chars: needs 2 and {longest} at least")
+    parts = [part for i, pair in enumerate(pairs) for part in _parts(i, pair, tokenizer, ends, window)]
+    found: list[list[BlockScore]] = [[] for _ in pairs]
+    greedy = [True] * len(found)
+    was_training = model.training
+    model.eval()
+    scored: dict[int, tuple[list[BlockScore], bool]] = {}
+    for batch in _batches(parts, batch_slots):
+        scored.update(zip(batch, _score_batch(model, tokenizer, device, [parts[i] for i in batch]), strict=True))
+    model.train(was_training)
+    for i, part in enumerate(parts):
+        blocks, is_greedy = scored[i]
+        found[part.pair] += blocks
+        greedy[part.pair] &= is_greedy
+    return [Score(tuple(blocks), is_greedy) for blocks, is_greedy in zip(found, greedy, strict=True)]
+
+
+def _parts(
+    pair: int, texts: tuple[Text, Text], tokenizer: MixedTokenizer, ends: bool, window: Window
+) -> Iterator[_Part]:
+    """The pieces of a pair, those of a long one as training cuts a document."""
+    context, blocks = (_blocks(text, tokenizer, pair) for text in texts)
+    together = [*context, *blocks]
+    if not blocks:
+        return
+    tokens = np.array([len(tokenizer.encode_block(block)) for block in together])
+    sizes = np.array([len(block.encode()) for block in together])
+    t, c = slot_counts(tokens, sizes, len(context))
+    cuts: Iterator[tuple[int, int, int]] = iter([(0, len(context), len(together))])
+    if t > window.tokens or c > window.chars:
+        cuts = cut_document(tokens, sizes, len(context), window.tokens, window.chars, window.tokens // 2)
+    for first, supervised, end in cuts:
+        is_last = end == len(together)
+        piece = piece_of_blocks(together[first:end], tokenizer, supervised - first, is_last and ends)
+        yield _Part(pair, piece, together[supervised:end], is_last and not ends)
+
+
+def _blocks(text: Text, tokenizer: MixedTokenizer, pair: int) -> list[str]:
+    try:
+        if isinstance(text, str):
+            text.encode()
+            return segment(text, tokenizer.segmentation)
+        sizes = [len(block.encode()) for block in text]
+    except UnicodeEncodeError:
+        raise UserError(f"pair {pair}: the text is not UTF-8; mend it") from None
+    most = tokenizer.segmentation.max_block_bytes
+    if not all(0 < size <= most for size in sizes):
+        raise UserError(f"pair {pair}: a block is empty or longer than {most} bytes; give the text itself")
+    return list(text)
+
+
+def _batches(parts: Sequence[_Part], batch_slots: int) -> Iterator[list[int]]:
+    """The numbers of the parts, in batches of like lengths; a part larger than a batch is one."""
+    slots = [part.slots for part in parts]
+    batch: list[int] = []
+    widest = (0, 0)
+    for i in sorted(range(len(parts)), key=lambda i: slots[i]):
+        wider = max(widest[0], slots[i][0]), max(widest[1], slots[i][1])
+        if batch and sum(wider) * (len(batch) + 1) > batch_slots:
+            yield batch
+            batch, wider = [], slots[i]
+        batch.append(i)
+        widest = wider
+    if batch:
+        yield batch
+
+
+def _score_batch(
+    model: TidalTransformer, tokenizer: MixedTokenizer, device: torch.device | str, parts: Sequence[_Part]
+) -> list[tuple[list[BlockScore], bool]]:
+    """The blocks' scores of each part, and whether they are what greedy decoding writes."""
+    shape = max(part.slots[0] for part in parts), max(part.slots[1] for part in parts)
+    rows = [[part.piece] for part in parts]
+    laid_out = lay_out_rows(rows, [[0]] * len(rows), tokenizer.byte_lengths, model.config.char_positions, shape)
+    batch = batch_of(laid_out).to(device)
+    logits = model(batch.tokens, batch.chars)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nats = logits.log_softmax(dim=-1)
+    either = torch.logaddexp(nats[..., EOB], nats[..., EOS])
+    of_labels = nats.gather(2, batch.labels.clamp_min(0)[..., None])[..., 0]
+    rows_of = zip(parts, *(array.cpu().numpy() for array in (of_labels, either, logits)), strict=True)
+    longest = tokenizer.segmentation.max_block_bytes
+    return [_of_part(part, nats_of, any_end, row, longest) for part, nats_of, any_end, row in rows_of]
+
+
+def _of_part(
+    part: _Part, of_labels: np.ndarray, either: np.ndarray, logits: np.ndarray, max_block_bytes: int
+) -> tuple[list[BlockScore], bool]:
+    """Scores of the blocks of one row. of_labels, either: (C,) nats of the labels, of any end mark. logits: (C, V)."""
+    scores, is_greedy, start = [], True, 0
+    for number, block in enumerate(part.blocks):
+        written = reverse_block(block.encode())
+        end = start + len(written)
+        ends_either_way = part.is_open and number == len(part.blocks) - 1
+        mark = either[end] if ends_either_way else of_labels[end]
+        scores.append(BlockScore(block, (*of_labels[start:end].tolist(), float(mark))))
+        if is_greedy:
+            is_last = number == len(part.blocks) - 1 and part.piece.ends_document
+            marks = {EOB, EOS} if ends_either_way else {EOS if is_last else EOB}
+            is_greedy = _is_greedy(written, marks, logits[start : end + 1], max_block_bytes)
+        start = end + 1
+    return scores, is_greedy
+
+
+def _is_greedy(written: bytes, marks: set[int], logits: np.ndarray, max_block_bytes: int) -> bool:
+    """Whether the likeliest ids, of those that may come, are these bytes and then one of the marks. logits: (c, V)."""
+    for c, likeliest in enumerate(logits.argmax(axis=1).tolist()):
+        wanted = marks if c == len(written) else {written[c]}
+        if likeliest in wanted:
+            continue
+        may_come = allowed(written[:c], max_block_bytes)
+        if int(np.where(may_come, logits[c], -np.inf).argmax()) not in wanted:
+            return False
+    return True

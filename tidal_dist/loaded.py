@@ -1,0 +1,203 @@
+"""An exported model in a Python program: generate, stream, score."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, overload
+
+import torch
+
+from tidal_dist.devices import available_device
+from tidal_dist.errors import UserError
+from tidal_dist.export.package import Exported, load_export
+from tidal_dist.generation.constraint import Constraint, choice_constraint, regex_constraint
+from tidal_dist.generation.engine import DEFAULT_BATCH_SIZE, Engine
+from tidal_dist.generation.events import Event, Generation, Text
+from tidal_dist.generation.prompts import check_prompt
+from tidal_dist.generation.request import Limits, Request
+from tidal_dist.generation.sampling import Sampling
+from tidal_dist.generation.scoring import Score, score
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Options(TypedDict, total=False):
+    """How to continue a prompt; what is left out has the default of `Sampling`, `Limits` or none.
+
+    max_bytes: a block with which the text would exceed them is dropped (256). max_blocks: the text ends after so many.
+    stop: a string, or several, before the first of which the text ends.
+    temperature: 0 takes the likeliest char each time (0); others draw. top_k, top_p, min_p: draw from the likeliest.
+    repetition_penalty: makes blocks that the text has already less likely, if above 1.
+    seed: equal seeds draw equal texts (0).
+    regex: an expression that the whole continuation matches. choice: texts of which it is one. Either needs room:
+        where `max_bytes` ends the text first, `finish` is "length".
+    logprobs: so many of the likeliest alternatives are reported with each char.
+    """
+
+    max_bytes: int
+    max_blocks: int | None
+    stop: str | Sequence[str]
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    regex: str | None
+    choice: Sequence[str] | None
+    logprobs: int
+
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+class Tidal:
+    """An exported model, ready to write and to judge text.
+
+    Several threads may use one at once: each call keeps what it computes to itself.
+
+    Attributes:
+        model: in evaluation mode, on `device`. tokenizer: its tokeniser. provenance: what it was trained on.
+    """
+
+    def __init__(self, exported: Exported, device: str = "cpu"):
+        self.model, self.tokenizer, self.provenance = exported.model, exported.tokenizer, exported.provenance
+        self.device = device
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.model.parameters())
+        return f"<Tidal: {count:,} parameters of step {self.provenance.step}, on {self.device}>"
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str, *, n: None = None, **options: Unpack[Options]
+    ) -> Generation: ...
+    @overload
+    def generate(self, prompts: str, *, n: int, **options: Unpack[Options]) -> list[Generation]: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[str], *, n: int | None = None, **options: Unpack[Options]
+    ) -> list[Generation]: ...
+    def generate(
+        self, prompts: str | Sequence[str], *, n: int | None = None, **options: Unpack[Options]
+    ) -> Generation | list[Generation]:
+        """Continue a prompt, or several side by side; each gets what it would get alone.
+
+        A `Generation` has `.text`, `.finish` ("eos", "length" or "stop"), `.blocks`, `.logprob` and `.details`: how
+        each block was written, char by char.
+
+        Args:
+            prompts: a text, or several.
+            n: continuations of each prompt, for which a temperature above 0 makes sense; all of the first prompt come
+                first. Continuation k of all draws with seed + k.
+            options: see `Options`.
+
+        Returns:
+            one generation for one prompt without `n`, else a list.
+
+        Raises:
+            UserError: an option or a prompt is wrong.
+        """
+        if n is not None and n < 1:
+            raise UserError(f"n {n}: must be at least 1")
+        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        requests = list(self.requests([prompt for prompt in given for _ in range(n or 1)], **options))
+        generations = list(self.engine().run(requests))
+        return generations[0] if isinstance(prompts, str) and n is None else generations
+
+    @overload
+    def stream(self, prompt: str, **options: Unpack[Options]) -> Iterator[str]: ...
+    @overload
+    def stream(self, prompt: str, *, events: bool, **options: Unpack[Options]) -> Iterator[Event]: ...
+    def stream(self, prompt: str, *, events: bool = False, **options: Unpack[Options]) -> Iterator[Any]:
+        """Continue a prompt, and hand the text out piece by piece: `for piece in tidal.stream("The"): ...`.
+
+        A piece is a block or more: a block is written from its end, so there is nothing to show before it is whole; and
+        what may turn out to begin a stop string waits. Joined, the pieces are `generate(...).text`.
+
+        Args:
+            events: instead of text, all that happens: each `Char` as it is written, each finished `Block`, and each
+                `Text` that may be shown.
+        """
+        (request,) = self.requests([prompt], **options)
+        happened = self._events(request)
+        return happened if events else (event.text for event in happened if isinstance(event, Text))
+
+    def _events(self, request: Request) -> Iterator[Event]:
+        engine, events = self.engine(batch_size=1), list[Event]()
+        job = engine.submit(request, events.append)
+        while not job.done:
+            engine.step()
+            yield from events
+            events.clear()
+
+    @overload
+    def score(self, context: str, continuation: str, *, ends: bool = False) -> Score: ...
+    @overload
+    def score(self, context: Sequence[tuple[str, str]], *, ends: bool = False) -> list[Score]: ...
+    def score(
+        self, context: str | Sequence[tuple[str, str]], continuation: str | None = None, *, ends: bool = False
+    ) -> Score | list[Score]:
+        """How likely the model finds a text after a context: `tidal.score("12 + 34 =", " 46").logprob`.
+
+        The likelihood is that of the text's blocks, their end marks included. A `Score` has `.logprob` (nats),
+        `.bits_per_byte`, `.is_greedy` and `.blocks` with the logprob of every char.
+
+        Args:
+            context: what stands before the text, perhaps nothing; or a list of pairs (context, text).
+            ends: judge the text as one that ends there; otherwise it may go on after its last block.
+
+        Raises:
+            UserError: a text is not UTF-8.
+        """
+        if isinstance(context, str):
+            if continuation is None:
+                raise UserError("score takes a context and a continuation, or a list of such pairs")
+            return score(self.model, self.tokenizer, self.device, [(context, continuation)], ends)[0]
+        return score(self.model, self.tokenizer, self.device, context, ends)
+
+    def engine(self, batch_size: int = DEFAULT_BATCH_SIZE) -> Engine:
+        """An engine without work, of one's own."""
+        return Engine(self.model, self.tokenizer, self.device, batch_size)
+
+    def requests(self, prompts: Sequence[str], **options: Unpack[Options]) -> Iterator[Request]:
+        """A request for each prompt; the k-th draws with seed + k.
+
+        Raises:
+            UserError: an option or a prompt is wrong.
+        """
+        unknown = sorted(set(options) - set(Options.__annotations__))
+        if unknown:
+            raise UserError(f"{unknown[0]}: no such option; there are {', '.join(Options.__annotations__)}")
+        stop = options.get("stop", ())
+        sampling = Sampling(**{name: options[name] for name in _SAMPLING if name in options})  # type: ignore[literal-required]
+        limits = Limits(
+            options.get("max_bytes", Limits.max_bytes),
+            options.get("max_blocks"),
+            (stop,) if isinstance(stop, str) else tuple(stop),
+        )
+        constraint, alternatives = self._constraint(options), options.get("logprobs", 0)
+        for k, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise UserError(f"prompt {k}: a {type(prompt).__name__}; give a text")
+            own = replace(sampling, seed=sampling.seed + k)
+            yield Request(check_prompt(prompt, f"prompt {k}"), own, limits, constraint, alternatives)
+
+    def _constraint(self, options: Options) -> Constraint | None:
+        pattern, choices = options.get("regex"), options.get("choice")
+        if pattern is not None and choices is not None:
+            raise UserError("regex and choice: a text is held to one of them; leave one out")
+        most = self.tokenizer.segmentation.max_block_bytes
+        if pattern is not None:
+            return regex_constraint(pattern, most)
+        return choice_constraint(choices, most) if choices is not None else None
+
+
+def open_export(path: str | Path, device: str, dtype: str | torch.dtype | None) -> Tidal:
+    """What `tidal_dist.load` does."""
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype}: choose from {', '.join(DTYPES)}")
+    found = available_device(device, "device")
+    exported = load_export(path)
+    exported.model.to(found, DTYPES[dtype] if isinstance(dtype, str) else dtype)
+    return Tidal(exported, found)
