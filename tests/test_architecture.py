@@ -129,7 +129,15 @@ def test_only_few_modules_import_deepspeed() -> None:
     ]
     + [
         m
-        for m in ("tidal_dist.config", "tidal_dist.errors", "tidal_dist.cli", "tidal_dist.export.package")
+        for m in (
+            "tidal_dist",
+            "tidal_dist.config",
+            "tidal_dist.errors",
+            "tidal_dist.cli",
+            "tidal_dist.export.package",
+            "tidal_dist.loaded",
+            "tidal_dist.evaluation.harness",
+        )
         if m in MODULES
     ],
 )
