@@ -4,6 +4,7 @@ The same as the command `lm_eval`, whose releases up to 0.4.13 do not look for m
 """
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 
 from tidal_dist.errors import UserError
@@ -16,9 +17,7 @@ def main() -> int:
             raise UserError("no lm-evaluation-harness; install it with pip install 'tidal-dist[eval]'")
         from lm_eval.__main__ import cli_evaluate
 
-        from tidal_dist.evaluation import harness
-
-        assert harness.TidalLM  # importing it has made it known as `tidal`
+        import_module("tidal_dist.evaluation.harness")  # makes it known as `tidal`
         cli_evaluate()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -147,7 +147,7 @@ class TidalLM(LM):
         options.setdefault("max_bytes", self.max_bytes or given["max_gen_toks"] * _BYTES_PER_TOKEN)
         options["stop"] = [stop for stop in given["until"] if stop]
         options["seed"] = int(options.get("seed", 0)) + number
-        (request,) = self.tidal.requests([context], **options)  # type: ignore[misc]
+        (request,) = self.tidal.requests([context], **options)
         return request
 
 
