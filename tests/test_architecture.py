@@ -128,7 +128,19 @@ def test_only_few_modules_import_deepspeed() -> None:
             "data_pipeline",
         )
     ]
-    + [m for m in ("tidal_dist.config", "tidal_dist.errors", "tidal_dist.cli") if m in MODULES],
+    + [
+        m
+        for m in (
+            "tidal_dist",
+            "tidal_dist.config",
+            "tidal_dist.errors",
+            "tidal_dist.cli",
+            "tidal_dist.export.package",
+            "tidal_dist.loaded",
+            "tidal_dist.evaluation.harness",
+        )
+        if m in MODULES
+    ],
 )
 def test_deepspeed_is_not_needed_to_use_a_model(module: str) -> None:
     assert not {name for name in loaded_with(module) if within(name, "deepspeed")}

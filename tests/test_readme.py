@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from lm_eval._cli import HarnessCLI
 
 from launch.recipes import parser as recipes_parser
 from launch.supervise import parser as supervise_parser
@@ -12,7 +13,19 @@ from launch.train import parser as train_parser
 from tidal_dist.cli import parser as cli_parser
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("checkpoints", "data", "deepspeed", "drill", "guard", "multi-node", "plan", "preflight", "survival", "watching")
+DOCS = (
+    "checkpoints",
+    "data",
+    "deepspeed",
+    "drill",
+    "evaluation",
+    "guard",
+    "multi-node",
+    "plan",
+    "preflight",
+    "survival",
+    "watching",
+)
 PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{name}.md" for name in DOCS)]
 
 
@@ -37,6 +50,8 @@ def test_commands_are_understood(page: str) -> None:
             supervise_parser().parse_known_args(words[2:])
         elif words[:2] == ["-m", "launch.recipes"]:
             recipes_parser().parse_intermixed_args(words[2:])
+        elif words[:2] == ["-m", "tidal_dist.evaluation"]:
+            HarnessCLI()._parser.parse_args(["run", *words[2:]])
         elif program == "kubectl":
             assert (ROOT / words[words.index("-f") + 1]).exists(), line
         elif program == "sbatch":

@@ -124,9 +124,7 @@ def score(
     Raises:
         UserError: a text is not UTF-8, a block is empty or too long, or the window is too small.
     """
-    longest = tokenizer.segmentation.max_block_bytes + 1
-    if window.tokens < 2 or window.chars < longest:
-        raise UserError(f"a window of {window.tokens} tokens and {window.chars} chars: needs 2 and {longest} at least")
+    check_window(window, tokenizer)
     parts = [part for i, pair in enumerate(pairs) for part in _parts(i, pair, tokenizer, ends, window)]
     found: list[list[BlockScore]] = [[] for _ in pairs]
     greedy = [True] * len(found)
@@ -141,6 +139,17 @@ def score(
         found[part.pair] += blocks
         greedy[part.pair] &= is_greedy
     return [Score(tuple(blocks), is_greedy) for blocks, is_greedy in zip(found, greedy, strict=True)]
+
+
+def check_window(window: Window, tokenizer: MixedTokenizer) -> None:
+    """See that any block fits.
+
+    Raises:
+        UserError: one may not.
+    """
+    longest = tokenizer.segmentation.max_block_bytes + 1
+    if window.tokens < 2 or window.chars < longest:
+        raise UserError(f"a window of {window.tokens} tokens and {window.chars} chars: needs 2 and {longest} at least")
 
 
 def _parts(
