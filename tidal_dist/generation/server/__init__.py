@@ -1,0 +1,1 @@
+"""`tidal serve`: an OpenAI-compatible completions server and its page, over one engine. Needs the extra `serve`."""

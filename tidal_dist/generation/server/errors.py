@@ -1,0 +1,52 @@
+"""Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}` and a status."""
+
+from typing import Any
+
+INVALID = "invalid_request_error"
+
+
+class ApiError(Exception):
+    """What a client is told instead of an answer."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = INVALID,
+        retry_after: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code, self.kind, self.retry_after = status, param, code, kind, retry_after
+
+    def as_object(self) -> dict[str, Any]:
+        """The body."""
+        error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def headers(self) -> dict[str, str]:
+        """Headers beside the body."""
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def stopping() -> ApiError:
+    """The server is about to end."""
+    return ApiError(503, "the server is stopping", code="stopping", kind="server_error", retry_after=5)
+
+
+def broken() -> ApiError:
+    """The generation thread has died."""
+    return ApiError(503, "generation has failed; restart the server", code="generation_failed", kind="server_error")
+
+
+def queue_full(texts: int, room: int) -> ApiError:
+    """No room for more texts."""
+    message = f"{texts} of {room} texts are under way, which leaves no room for this; try again later"
+    return ApiError(429, message, code="queue_full", kind="rate_limit_error", retry_after=1)
+
+
+def timed_out(seconds: float) -> ApiError:
+    """A request's time was over before anything was written for it."""
+    message = f"nothing was written within {seconds:g} s, the time of a request; try again later"
+    return ApiError(408, message, code="timeout", kind="timeout_error", retry_after=1)

@@ -1,0 +1,55 @@
+"""What the server's paths ask: completions and scores of one model."""
+
+import asyncio
+import time
+from typing import Any
+
+from data_pipeline.tokenizer import MixedTokenizer
+from tidal_dist.errors import UserError
+from tidal_dist.generation.engine import Engine
+from tidal_dist.generation.server.completions import Completion, check_limits, engine_requests
+from tidal_dist.generation.server.errors import ApiError
+from tidal_dist.generation.server.metrics import Metrics
+from tidal_dist.generation.server.schema import CompletionRequest
+from tidal_dist.generation.server.settings import ServerSettings
+from tidal_dist.generation.server.worker import Worker
+
+
+class Service:
+    """One model, served. Belongs to the event loop."""
+
+    def __init__(self, engine: Engine, tokenizer: MixedTokenizer, settings: ServerSettings):
+        self.settings, self.metrics = settings, Metrics()
+        self.worker = Worker(engine, self.metrics, settings.max_texts)
+        self.started = int(time.time())
+        self._tokenizer = tokenizer
+
+    async def complete(self, asked: CompletionRequest) -> Completion:
+        """Begin to answer.
+
+        Raises:
+            ApiError: it asks for too much (400, 404, 422), or not now (429, 503).
+        """
+        check_limits(asked, self.settings)
+        self.worker.check_open(len(asked.prompt) * asked.n)
+        constraint = await asyncio.to_thread(self._constraint, asked)
+        stream = self.worker.submit(
+            engine_requests(asked, constraint), self.settings.timeout_seconds, asked.stream and asked.trace
+        )
+        return Completion(asked, stream, self._tokenizer, self.settings)
+
+    async def score(self, asked: CompletionRequest) -> dict[str, Any]:
+        """The prompts and their log-probabilities.
+
+        Raises:
+            ApiError: as `complete`.
+        """
+        check_limits(asked, self.settings)
+        raise ApiError(422, "max_tokens: must be at least 1", "max_tokens")
+
+    def close_soon(self) -> None:
+        """Take nothing up any more; for a signal's handler, so on the loop's own time."""
+        self.worker.close_soon(self.settings.grace_seconds)
+
+    def _constraint(self, asked: CompletionRequest) -> Any:
+        return None
