@@ -34,7 +34,7 @@ check: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,data,ray,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,data,ray,serve,dev]'
 	touch $@
 
 clean:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
-from tidal_dist.commands import cluster, data, model, run
+from tidal_dist.commands import cluster, data, generating, model, run
 from tidal_dist.commands.output import check_range, log, print_report
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
     verify = add("verify", model.verify, "Check an export's files and repeat its probe batch.")
     verify.add_argument("export", type=Path)
 
-    model.add_generate(add("generate", model.generate, "Continue prompts with an exported model."))
+    generating.add_generate(add("generate", generating.generate, "Continue prompts with an exported model."))
+
+    generating.add_serve(add("serve", generating.serve, "Serve an exported model: OpenAI's completions, and a page."))
 
     model.add_inspect(add("inspect", model.inspect, "Show one document as the model sees it."))
 

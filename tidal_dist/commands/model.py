@@ -1,28 +1,11 @@
 """The commands of trained models. Heavy imports happen inside."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from data_pipeline.errors import UserError
 from tidal_dist.commands.output import check_range, log, print_report
-
-
-def add_generate(sub: argparse.ArgumentParser) -> None:
-    """Arguments of `tidal generate`."""
-    sub.add_argument("export", type=Path, help="an exported folder")
-    source = sub.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", help="a prompt; may be given again")
-    source.add_argument("--input", metavar="FILE", help="prompts, one a line or JSON lines; - for standard input")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    sub.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest; 0: all")
-    sub.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest of this total probability")
-    sub.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count on")
-    sub.add_argument("--max-bytes", type=int, default=256, help="longest continuation (default: %(default)s)")
-    sub.add_argument("--batch-size", type=int, default=64, help="prompts at a time (default: %(default)s)")
-    sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
-    sub.add_argument("--trace", action="store_true", help="show each block: chars, turned text, tokens, positions")
 
 
 def add_inspect(sub: argparse.ArgumentParser) -> None:
@@ -77,35 +60,12 @@ def verify(arguments: argparse.Namespace) -> int:
     )
 
 
-def generate(arguments: argparse.Namespace) -> int:
-    """`tidal generate`."""
-    from tidal_dist.export.package import load_export
-    from tidal_dist.generation.engine import Engine
-    from tidal_dist.generation.report import as_object, as_text
-    from tidal_dist.generation.request import Limits, requests_of
-    from tidal_dist.generation.sampling import Sampling
+def chosen_device(name: str) -> str:
+    """The device that `--device` names.
 
-    check_range("--temperature", arguments.temperature, 0.0, float("inf"))
-    check_range("--top-k", arguments.top_k, 0, float("inf"))
-    check_range("--top-p", arguments.top_p, 1e-9, 1.0)
-    check_range("--max-bytes", arguments.max_bytes, 1, float("inf"))
-    check_range("--batch-size", arguments.batch_size, 1, float("inf"))
-    check_range("--seed", arguments.seed, 0, 2**62)
-    prompts = _prompts(arguments)
-    exported = load_export(arguments.export)
-    device = _device(arguments.device)
-    engine = Engine(exported.model.to(device), exported.tokenizer, device, arguments.batch_size)
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    results = engine.run(requests_of(prompts, sampling, Limits(arguments.max_bytes)))
-    for prompt, result in zip(prompts, results, strict=True):
-        if arguments.json:
-            print(json.dumps(as_object(prompt, result, arguments.trace), ensure_ascii=False), flush=True)
-        else:
-            print(as_text(prompt, result, arguments.trace), flush=True)
-    return 0
-
-
-def _device(name: str) -> str:
+    Raises:
+        UserError: it is not there.
+    """
     import torch
 
     if name == "auto":
@@ -115,21 +75,6 @@ def _device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available ({str(error).splitlines()[0]}); try --device cpu") from None
     return name
-
-
-def _prompts(arguments: argparse.Namespace) -> list[str]:
-    from tidal_dist.generation.prompts import check_prompt, read_prompts
-
-    if arguments.prompt is not None:
-        return [check_prompt(prompt, "--prompt") for prompt in arguments.prompt]
-    if arguments.input is None and sys.stdin.isatty():
-        raise UserError("no prompt: give --prompt, --input FILE, or prompts on standard input")
-    if arguments.input in (None, "-"):
-        return read_prompts(sys.stdin.buffer.read(), "standard input")
-    try:
-        return read_prompts(Path(arguments.input).read_bytes(), arguments.input)
-    except OSError as error:
-        raise UserError(f"{arguments.input}: cannot read ({error.strerror}); check --input") from None
 
 
 def inspect(arguments: argparse.Namespace) -> int:
@@ -180,7 +125,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
     for name in ("documents", "blocks", "rows"):
         check_range(f"--{name}", getattr(arguments, name), 1, float("inf"))
-    subject = load_subject(arguments.source, arguments.data, _device(arguments.device))
+    subject = load_subject(arguments.source, arguments.data, chosen_device(arguments.device))
     sizes = Sizes(arguments.documents, arguments.blocks, arguments.rows)
     report, evidence = examine(subject, sizes, log if sys.stderr.isatty() else bool)
     if arguments.html:

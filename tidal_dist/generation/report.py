@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from tidal_dist.generation.events import Generation
+from data_pipeline.tokenizer import SPECIALS
+from tidal_dist.generation.events import Block, Generation
+
+_SPECIAL_NAMES = {special: name for name, special in SPECIALS.items()}
 
 
-def as_object(prompt: str, result: Generation, with_trace: bool) -> dict[str, Any]:
-    """What `--json` prints for one prompt."""
+def as_object(prompt: str, result: Generation, with_trace: bool, with_alternatives: bool = False) -> dict[str, Any]:
+    """What `--json` prints for one prompt; with alternatives, its log-probability and those of likely chars too."""
     report: dict[str, Any] = {
         "prompt": prompt,
         "text": result.text,
@@ -14,7 +17,19 @@ def as_object(prompt: str, result: Generation, with_trace: bool) -> dict[str, An
         "finish": result.finish,
         "off_canonical_joins": result.off_canonical_joins,
     }
+    if with_alternatives:
+        trace = [block.as_trace() | {"alternatives": _alternatives(block)} for block in result.details]
+        return report | {"logprob": round(result.logprob, 4), "trace": trace}
     return report | {"trace": result.trace} if with_trace else report
+
+
+def _alternatives(block: Block) -> list[list[tuple[str, float]]]:
+    """For each char, its end mark last, the likeliest with their log-probabilities."""
+    return [[(_name(i), round(logprob, 4)) for i, logprob in char.alternatives] for char in block.chars]
+
+
+def _name(char: int) -> str:
+    return _SPECIAL_NAMES.get(char) or bytes([char]).decode(errors="backslashreplace")
 
 
 def as_text(prompt: str, result: Generation, with_trace: bool) -> str:

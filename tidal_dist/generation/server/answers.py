@@ -29,7 +29,7 @@ def finish_reason(finish: str) -> str:
 
 
 def char_name(tokenizer: MixedTokenizer, char: int) -> str:
-    """A char as a string of its own: ASCII as it is, other bytes as OpenAI writes them (`bytes:\\xe6`), marks by name."""
+    """A char as a string of its own: ASCII as it is, other bytes as OpenAI has them (`bytes:\\xe6`), marks by name."""
     if char < 0x80:
         return chr(char)
     return f"bytes:\\x{char:02x}" if char < 0x100 else tokenizer.name(char)

@@ -77,8 +77,6 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         check_key(request, service.settings.api_key)
         asked = parse_request(await read_object(request, service.settings))
-        if asked.max_tokens == 0:
-            return JSONResponse(await service.score(asked))
         completion = await service.complete(asked)
         if asked.stream:
             return _EventStream(completion)

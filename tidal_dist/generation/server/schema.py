@@ -1,5 +1,6 @@
 """The body of `/v1/completions`: OpenAI's fields and our own, each strictly of its type."""
 
+import json
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -28,7 +29,7 @@ class CompletionRequest(BaseModel):
 
     model: str
     prompt: list[str] = Field(default_factory=lambda: [""], min_length=1)
-    max_tokens: int = Field(default=256, ge=0)
+    max_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, ge=0.0, le=100.0)
     top_p: Probability = 1.0
     n: int = Field(default=1, ge=1)
@@ -83,12 +84,8 @@ class CompletionRequest(BaseModel):
             raise ValueError("regex: goes without choice")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: goes with stream only")
-        if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: must be at least 1, or echo true, to score the prompt")
-        if self.max_tokens == 0 and (self.stream or self.n > 1):
-            raise ValueError("max_tokens: 0 goes without stream and n")
-        if self.echo and self.logprobs is not None and self.max_tokens > 0:
-            raise ValueError("echo: goes with logprobs only where max_tokens is 0")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo: goes without logprobs; a prompt is not scored here")
         return self
 
 
@@ -98,18 +95,34 @@ def parse_request(data: Any) -> CompletionRequest:
     Raises:
         ApiError: 422, which names the field.
     """
+    _check_text(data)
     try:
         return CompletionRequest.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-    path = ".".join(str(part) for part in first["loc"])
+    path = ".".join(str(part) for part in first["loc"])[:100]  # it may be a field's name, of any length
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "no such field; leave it out"
     elif path in ("presence_penalty", "frequency_penalty", "logit_bias", "suffix") and "type" not in first["type"]:
         message = _REFUSED
-    elif first["type"] == "string_unicode":
-        message = "has half a surrogate pair, which is no text; mend it"
     elif not path and ": " in message:
         path, message = message.split(": ", 1)
     raise ApiError(422, f"{path}: {message}" if path else message, param=path.split(".")[0] or None)
+
+
+def _check_text(data: Any) -> None:
+    """JSON can escape half a surrogate pair, which is no text and which pydantic lets pass."""
+    for name, value in data.items() if isinstance(data, dict) else ():
+        if not _is_text(name):
+            raise ApiError(422, "the name of a field has half a surrogate pair, which is no text; mend it")
+        if not _is_text(json.dumps(value, ensure_ascii=False)):
+            raise ApiError(422, f"{name[:100]}: has half a surrogate pair, which is no text; mend it", name)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from typing import Any
 
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.errors import UserError
 from tidal_dist.generation.engine import Engine
+from tidal_dist.generation.request import Constraint
 from tidal_dist.generation.server.completions import Completion, check_limits, engine_requests
 from tidal_dist.generation.server.errors import ApiError
 from tidal_dist.generation.server.metrics import Metrics
@@ -38,18 +38,19 @@ class Service:
         )
         return Completion(asked, stream, self._tokenizer, self.settings)
 
-    async def score(self, asked: CompletionRequest) -> dict[str, Any]:
-        """The prompts and their log-probabilities.
-
-        Raises:
-            ApiError: as `complete`.
-        """
-        check_limits(asked, self.settings)
-        raise ApiError(422, "max_tokens: must be at least 1", "max_tokens")
-
     def close_soon(self) -> None:
         """Take nothing up any more; for a signal's handler, so on the loop's own time."""
         self.worker.close_soon(self.settings.grace_seconds)
 
-    def _constraint(self, asked: CompletionRequest) -> Any:
-        return None
+    def _constraint(self, asked: CompletionRequest) -> Constraint | None:
+        if asked.regex is None and asked.choice is None:
+            return None
+        field, most = "regex" if asked.choice is None else "choice", self._tokenizer.segmentation.max_block_bytes
+        try:
+            from tidal_dist.generation.constraint import choice_constraint, regex_constraint
+
+            return regex_constraint(asked.regex, most) if asked.regex else choice_constraint(asked.choice or [], most)
+        except UserError as error:
+            raise ApiError(422, f"{field}: {error}", field) from None
+        except ModuleNotFoundError:
+            raise ApiError(422, f"{field}: not supported here", field) from None

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, TypeVar
 
 from tidal_dist.errors import UserError
 from tidal_dist.generation.engine import Engine
@@ -22,7 +21,6 @@ from tidal_dist.generation.server.errors import ApiError, broken, queue_full, st
 from tidal_dist.generation.server.metrics import Metrics
 from tidal_dist.generation.server.stream import Begun, Event, Failed, Finished, Stream
 
-Result = TypeVar("Result")
 _Outbox = list[tuple[Stream, int, Event]]
 
 
@@ -85,17 +83,6 @@ class Worker:
         self._show()
         return stream
 
-    async def call(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns, called on the thread between two passes: nobody else uses the model then.
-
-        Raises:
-            ApiError: the server is stopping or broken. Besides, what the function raises.
-        """
-        self.check_open()
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._writing.commands.put(partial(self._answer, function, future))
-        return await future
-
     def close_soon(self, grace_seconds: float) -> None:
         """Take nothing up any more, let go of what waits, and after the grace of what is being written.
 
@@ -106,11 +93,14 @@ class Worker:
             self._loop.call_soon_threadsafe(self._close, grace_seconds)
 
     def _close(self, grace_seconds: float) -> None:
-        for stream in list(self._streams):
-            if not stream.begun:
-                stream.cancel("shutdown")
         assert self._loop is not None
-        self._loop.call_later(grace_seconds, lambda: [s.cancel("shutdown") for s in list(self._streams)])
+        self._end_all([stream for stream in self._streams if not stream.begun])
+        self._loop.call_later(grace_seconds, lambda: self._end_all(list(self._streams)))
+
+    @staticmethod
+    def _end_all(streams: Sequence[Stream]) -> None:
+        for stream in streams:
+            stream.cancel("shutdown")
 
     def _tell(self, outbox: _Outbox) -> None:
         """Called by the thread."""
@@ -148,25 +138,11 @@ class Worker:
         error = stopping() if self._is_closed else broken()
         for stream in list(self._streams):
             self._deliver([(stream, index, Failed(error)) for index in sorted(stream.unfinished)])
-        for command in self._writing.left_commands():
-            if isinstance(command, partial) and command.func == self._answer:
-                command.args[1].set_exception(error)
 
     def _show(self) -> None:
         running = sum(len(stream.begun.keys() & stream.unfinished) for stream in self._streams)
         self._metrics.running.set(running)
         self._metrics.waiting.set(self.texts - running)
-
-    def _answer(self, function: Callable[[], Result], future: "asyncio.Future[Result]") -> None:
-        """Called by the thread."""
-        settle: Callable[[Any], None]
-        try:
-            value: Any = function()
-            settle = future.set_result
-        except Exception as error:
-            value, settle = error, future.set_exception
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(lambda: None if future.done() else settle(value))
 
 
 class _Writing:
