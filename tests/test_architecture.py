@@ -181,7 +181,9 @@ def test_no_file_without_a_subject() -> None:
 
 def is_definition(node: ast.stmt, defined: set[str]) -> bool:
     """Whether a top-level statement only defines something: importing it changes nothing outside the module."""
-    if isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.FunctionDef | ast.ClassDef):
+    if isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.ClassDef):
+        return True
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return True
     if isinstance(node, ast.If):
         test = ast.unparse(node.test)

@@ -27,6 +27,7 @@ class TideLine:
         self._stream, self._width, self._is_drawn, self._has_colour = stream, width, is_drawn, has_colour
         self._column = 0  # of the cursor
         self._is_below = False  # whether the block at hand is drawn on the line below
+        self._has_wrapped = False  # whether it was sent from behind the last column to the next line
         self._written = bytearray()  # of the block at hand, its last byte first
 
     def begin(self, prompt: str) -> None:
@@ -49,17 +50,20 @@ class TideLine:
         self._let_go()
         if note:
             self._append(f"  [{note}]", _DIM)
-        self._put("\n")
+        self._append("\n", "")
 
     def _append(self, text: str, colour: str) -> None:
         shown, width = visible(text), self._width()
+        if self._has_wrapped:  # where a newline would leave a line empty
+            shown = shown.removeprefix("\n")
+        self._has_wrapped = self._has_wrapped and not shown
         for character in shown:
             cells = 0 if character == "\n" else columns(character)
             self._column = 0 if character == "\n" or self._column + cells > width else self._column
             self._column += cells
         margin = ""
         if self._column >= width:  # the cursor hangs behind the last column until something makes it wrap
-            margin, self._column = " \r", 0
+            margin, self._column, self._has_wrapped = " \r", 0, True
         self._put(self._coloured(shown, colour) + margin)
 
     def _draw(self) -> None:
@@ -69,7 +73,7 @@ class TideLine:
         was_below, self._is_below = self._is_below, self._column + columns(text) >= width
         if not self._is_below:
             back = f"\x1b[{columns(text)}D" if columns(text) else ""
-            self._put(_ERASE + self._coloured(text, _AT_HAND) + back)
+            self._put((self._below_erased() if was_below else "") + _ERASE + self._coloured(text, _AT_HAND) + back)
             return
         while columns(text) >= width:
             text = text[1:]
@@ -79,8 +83,11 @@ class TideLine:
     def _let_go(self) -> None:
         self._written.clear()
         if self._is_drawn:
-            self._put("\r\n" + _ERASE + self._back_up() if self._is_below else _ERASE)
+            self._put(self._below_erased() if self._is_below else _ERASE)
         self._is_below = False
+
+    def _below_erased(self) -> str:
+        return "\r\n" + _ERASE + self._back_up()
 
     def _back_up(self) -> str:
         return "\x1b[A\r" + (f"\x1b[{self._column}C" if self._column else "")

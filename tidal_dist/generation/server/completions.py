@@ -7,7 +7,7 @@ from typing import Any
 
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.generation.events import Block, Char, Text
-from tidal_dist.generation.request import Limits, Request
+from tidal_dist.generation.request import DEFAULT_LIMITS, Constraint, Limits, Request
 from tidal_dist.generation.sampling import Sampling
 from tidal_dist.generation.server import answers
 from tidal_dist.generation.server.errors import ApiError, stopping, timed_out
@@ -29,7 +29,7 @@ def check_limits(asked: CompletionRequest, settings: ServerSettings) -> None:
     if longest > settings.max_prompt_bytes:
         message = f"prompt: {longest:,} bytes; at most {settings.max_prompt_bytes:,}; shorten it"
         raise ApiError(400, message, "prompt", "context_length_exceeded")
-    if asked.max_tokens > settings.max_bytes_limit:
+    if (asked.max_tokens or 0) > settings.max_bytes_limit:
         message = f"max_tokens: {asked.max_tokens:,}; at most {settings.max_bytes_limit:,} bytes here"
         raise ApiError(400, message, "max_tokens", "max_tokens_exceeded")
     if len(asked.prompt) * asked.n > settings.max_texts:
@@ -37,11 +37,12 @@ def check_limits(asked: CompletionRequest, settings: ServerSettings) -> None:
         raise ApiError(400, message, "n", "too_many_texts")
 
 
-def engine_requests(asked: CompletionRequest, constraint: Any) -> list[Request]:
+def engine_requests(asked: CompletionRequest, constraint: Constraint | None, settings: ServerSettings) -> list[Request]:
     """Each prompt's n texts. Text i of all samples with `seed + i`."""
+    max_bytes = asked.max_tokens or min(DEFAULT_LIMITS.max_bytes, settings.max_bytes_limit)
     seed = random.randrange(2**32) if asked.seed is None else asked.seed
     prompts = [prompt for prompt in asked.prompt for _ in range(asked.n)]
-    limits = Limits(max_bytes=asked.max_tokens, stop=tuple(asked.stop))
+    limits = Limits(max_bytes, stop=tuple(asked.stop))
     return [
         Request(prompt, _sampling(asked, (seed + i) % (MAX_SEED + 1)), limits, constraint, asked.logprobs or 0)
         for i, prompt in enumerate(prompts)

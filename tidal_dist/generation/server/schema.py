@@ -29,7 +29,7 @@ class CompletionRequest(BaseModel):
 
     model: str
     prompt: list[str] = Field(default_factory=lambda: [""], min_length=1)
-    max_tokens: int = Field(default=256, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0.0, le=100.0)
     top_p: Probability = 1.0
     n: int = Field(default=1, ge=1)

@@ -34,7 +34,9 @@ class Service:
         self.worker.check_open(len(asked.prompt) * asked.n)
         constraint = await asyncio.to_thread(self._constraint, asked)
         stream = self.worker.submit(
-            engine_requests(asked, constraint), self.settings.timeout_seconds, asked.stream and asked.trace
+            engine_requests(asked, constraint, self.settings),
+            self.settings.timeout_seconds,
+            asked.stream and asked.trace,
         )
         return Completion(asked, stream, self._tokenizer, self.settings)
 
