@@ -12,7 +12,19 @@ from launch.train import parser as train_parser
 from tidal_dist.cli import parser as cli_parser
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("checkpoints", "data", "deepspeed", "drill", "guard", "multi-node", "plan", "preflight", "survival", "watching")
+DOCS = (
+    "checkpoints",
+    "data",
+    "deepspeed",
+    "drill",
+    "guard",
+    "multi-node",
+    "plan",
+    "preflight",
+    "serving",
+    "survival",
+    "watching",
+)
 PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{name}.md" for name in DOCS)]
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
-from tidal_dist.commands.model import chosen_device
 from tidal_dist.commands.output import check_range, log
 
 if TYPE_CHECKING:
@@ -69,12 +68,13 @@ def generate(arguments: argparse.Namespace) -> int:
     if asks and (arguments.json or not sys.stdout.isatty()):
         raise UserError("no prompt: give --prompt, --input FILE, or prompts on standard input")
     prompts = [] if asks else _prompts(arguments)
+    from tidal_dist.devices import available_device
     from tidal_dist.export.package import load_export
     from tidal_dist.generation.engine import Engine
 
     exported = load_export(arguments.export)
     constraint = _constraint(arguments, exported.tokenizer.segmentation.max_block_bytes)
-    device = chosen_device(arguments.device)
+    device = available_device(arguments.device, "--device")
     engine = Engine(exported.model.to(device), exported.tokenizer, device, arguments.batch_size)
     request = _request(arguments, constraint)
     if asks:
@@ -169,6 +169,7 @@ def serve(arguments: argparse.Namespace) -> int:
         ("timeout_seconds", 1e-3, _INFINITY),
     ):
         check_range(f"--{name.replace('_', '-')}", getattr(arguments, name), low, high)
+    from tidal_dist.devices import available_device
     from tidal_dist.generation.server.settings import ServerSettings, read_api_key
 
     settings = ServerSettings(
@@ -195,5 +196,6 @@ def serve(arguments: argparse.Namespace) -> int:
             print(json.dumps({"url": url, "model": settings.model}), flush=True)
         log(f"serving {settings.model} at {url}: a page at /, OpenAI's API at /v1; Ctrl-C ends it")
 
-    run(arguments.export, settings, arguments.host, arguments.port, chosen_device(arguments.device), announce)
+    device = available_device(arguments.device, "--device")
+    run(arguments.export, settings, arguments.host, arguments.port, device, announce)
     return 0

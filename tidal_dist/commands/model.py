@@ -60,23 +60,6 @@ def verify(arguments: argparse.Namespace) -> int:
     )
 
 
-def chosen_device(name: str) -> str:
-    """The device that `--device` names.
-
-    Raises:
-        UserError: it is not there.
-    """
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available ({str(error).splitlines()[0]}); try --device cpu") from None
-    return name
-
-
 def inspect(arguments: argparse.Namespace) -> int:
     """`tidal inspect`."""
     _check_inspect(arguments)
@@ -118,6 +101,7 @@ def _check_inspect(arguments: argparse.Namespace) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """`tidal doctor`; 1 if a check fails."""
+    from tidal_dist.devices import available_device
     from tidal_dist.doctor.examine import examine
     from tidal_dist.doctor.page import write_page
     from tidal_dist.doctor.sizes import Sizes
@@ -125,7 +109,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
     for name in ("documents", "blocks", "rows"):
         check_range(f"--{name}", getattr(arguments, name), 1, float("inf"))
-    subject = load_subject(arguments.source, arguments.data, chosen_device(arguments.device))
+    subject = load_subject(arguments.source, arguments.data, available_device(arguments.device, "--device"))
     sizes = Sizes(arguments.documents, arguments.blocks, arguments.rows)
     report, evidence = examine(subject, sizes, log if sys.stderr.isatty() else bool)
     if arguments.html:
