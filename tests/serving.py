@@ -1,13 +1,18 @@
 """Servers for tests: one in a thread of the test's process over any engine, and `tidal serve` as a process."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import httpx
+import openai
 
 from data_pipeline.segmentation import segment
 from data_pipeline.tokenizer import EOB, EOS, MixedTokenizer
@@ -20,6 +25,8 @@ from tidal_dist.generation.server.settings import ServerSettings
 
 MODEL = "small"
 FABLE = " The tide runs out, and the tide comes in; 12 + 34 = 46 潮水退去 👍."
+
+HTTP = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))  # one, since making one takes long
 
 
 class FakeJob:
@@ -131,3 +138,23 @@ def server_process(export: Path, *arguments: str, **variables: str) -> Iterator[
             process.communicate(timeout=20)
         finally:
             process.kill()
+
+
+def client_of(url: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30)
+
+
+def sent(url: str, body: bytes, length: int | None = None) -> socket.socket:
+    """A connection over which a request was sent."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n".encode() + body)
+    return connection
+
+
+def until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it does not come to be"
+        time.sleep(0.01)

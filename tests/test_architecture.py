@@ -163,6 +163,13 @@ def test_generation_imports_nothing_of_training() -> None:
     assert not offenders(modules_in("tidal_dist.generation"), *above)
 
 
+def test_only_the_server_needs_what_serving_needs() -> None:
+    others = [m for m in MODULES if not within(m, "tidal_dist.generation.server")]
+    assert not offenders(others, "fastapi", "starlette", "uvicorn", "prometheus_client")
+    started = {m for m in others if any(within(n, "tidal_dist.generation.server") for n in imports_when_loaded(m))}
+    assert started == set()
+
+
 def test_inspection_computes_no_more_than_a_pass() -> None:
     above = [f"tidal_dist.{name}" for name in ("generation", "doctor", "bench", "cli", "training.engine")]
     assert not offenders(modules_in("tidal_dist.inspection"), *above)

@@ -23,6 +23,7 @@ DOCS = (
     "multi-node",
     "plan",
     "preflight",
+    "serving",
     "survival",
     "watching",
 )

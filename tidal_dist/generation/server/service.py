@@ -32,7 +32,8 @@ class Service:
         """
         check_limits(asked, self.settings)
         self.worker.check_open(len(asked.prompt) * asked.n)
-        constraint = await asyncio.to_thread(self._constraint, asked)
+        is_held = asked.regex is not None or asked.choice is not None
+        constraint = await asyncio.to_thread(self._constraint, asked) if is_held else None
         stream = self.worker.submit(
             engine_requests(asked, constraint, self.settings),
             self.settings.timeout_seconds,
@@ -44,9 +45,7 @@ class Service:
         """Take nothing up any more; for a signal's handler, so on the loop's own time."""
         self.worker.close_soon(self.settings.grace_seconds)
 
-    def _constraint(self, asked: CompletionRequest) -> Constraint | None:
-        if asked.regex is None and asked.choice is None:
-            return None
+    def _constraint(self, asked: CompletionRequest) -> Constraint:
         field, most = "regex" if asked.choice is None else "choice", self._tokenizer.segmentation.max_block_bytes
         try:
             from tidal_dist.generation.constraint import choice_constraint, regex_constraint
