@@ -33,11 +33,11 @@ def test_recorded_passes_write_what_a_cpu_writes(settings: dict, batch_size: int
 def test_recorded_passes_answer_like_passes_as_they_come(dtype: torch.dtype) -> None:
     tokenizer = small_tokenizer()
     logprobs = {}
-    for shares_weights in (False, True):  # which keeps passes from being recorded
+    for records_passes in (True, False):
         model = small_model(tokenizer, dtype=dtype).cuda()
-        engine = Engine(model, tokenizer, "cuda", 4, shares_weights=shares_weights)
+        engine = Engine(model, tokenizer, "cuda", 4, records_passes=records_passes)
         generations = list(engine.run(requests_of(PROMPTS, limits=Limits(24))))
-        logprobs[shares_weights] = [(g.text, g.logprob) for g in generations]
+        logprobs[records_passes] = [(g.text, g.logprob) for g in generations]
     for (text, logprob), (other_text, other_logprob) in zip(*logprobs.values(), strict=True):
         assert text == other_text
         assert logprob == pytest.approx(other_logprob, rel=0.02 if dtype == torch.bfloat16 else 1e-4)

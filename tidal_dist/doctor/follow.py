@@ -107,7 +107,8 @@ def follow(
         dictation: for each prompt the ids (bytes and end marks) to write instead of the model's own choice.
     """
     tap = _Tap(model, dictation)
-    engine = Engine(cast(TidalTransformer, tap), tokenizer, device, max(len(prompts), 1))
+    watched = cast(TidalTransformer, tap)
+    engine = Engine(watched, tokenizer, device, max(len(prompts), 1), records_passes=False)
     tap.jobs = [engine.submit(Request(prompt, limits=limits)) for prompt in prompts]
     tap.rows = lambda: engine.jobs_of_pass
     while engine.has_work:

@@ -57,6 +57,7 @@ class Engine:
         batch_size: int = DEFAULT_BATCH_SIZE,
         draft: Draft | None = None,
         shares_weights: bool = False,
+        records_passes: bool = True,
     ):
         """An engine without work.
 
@@ -64,6 +65,7 @@ class Engine:
             batch_size: sequences that are written at a time; others wait.
             draft: how to guess the next blocks, which changes the number of passes and not the text.
             shares_weights: other processes hold parts of the weights, so that each pass has to call every layer.
+            records_passes: on a GPU, as graphs, which is faster; then the model is not called at each pass.
         """
         self.model, self.tokenizer, self.device = model, tokenizer, torch.device(device)
         self.batch_size, self.draft = batch_size, draft
@@ -75,7 +77,8 @@ class Engine:
         self._longest_run = longest_run
         room = 2 * longest_run + 2 * self._most_chars if draft else longest_run
         self._cache = Cache(room, not shares_weights)
-        runner = Graphs if self.device.type == "cuda" and not shares_weights else Eager
+        is_recorded = records_passes and not shares_weights and self.device.type == "cuda"
+        runner = Graphs if is_recorded else Eager
         self._run: Eager | Graphs = runner(model, self._cache, self.device)
         self._is_turn_of_prompts = True
 
