@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from lm_eval._cli import HarnessCLI
 
 from launch.recipes import parser as recipes_parser
 from launch.supervise import parser as supervise_parser
@@ -19,6 +18,7 @@ DOCS = (
     "deepspeed",
     "drill",
     "evaluation",
+    "generation",
     "guard",
     "multi-node",
     "plan",
@@ -52,6 +52,8 @@ def test_commands_are_understood(page: str) -> None:
         elif words[:2] == ["-m", "launch.recipes"]:
             recipes_parser().parse_intermixed_args(words[2:])
         elif words[:2] == ["-m", "tidal_dist.evaluation"]:
+            from lm_eval._cli import HarnessCLI  # takes seconds
+
             HarnessCLI()._parser.parse_args(["run", *words[2:]])
         elif program == "kubectl":
             assert (ROOT / words[words.index("-f") + 1]).exists(), line
