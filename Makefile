@@ -8,6 +8,9 @@ FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 SLOW := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m slow \
 	tests/distributed tests/hosts tests
 
+# So that modules and tests are compiled once, and not by each of the hundreds of processes that tests start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-hosts soak check clean
 
 demo: $(INSTALLED)

@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -218,6 +219,8 @@ class OnTerminal:
 def _take_terminal() -> None:
     import fcntl
     import termios
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which tests that run in the background have ignored
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
