@@ -126,7 +126,8 @@ def parser() -> argparse.ArgumentParser:
 def _bench(arguments: argparse.Namespace) -> int:
     from tidal_dist.config import load_config
 
-    check_range("--blocks", arguments.blocks or 2, 2, float("inf"))
+    if arguments.blocks is not None:
+        check_range("--blocks", arguments.blocks, 2, float("inf"))
     check_range("--megabytes", arguments.megabytes, 1, float("inf"))
     config = load_config(arguments.config, arguments.overrides)
     if arguments.what == "generate":
