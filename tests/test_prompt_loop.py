@@ -241,7 +241,9 @@ def test_on_a_real_terminal(tmp_path: Path) -> None:
     here.until("tide> ")
     here.keys("\x1b[A\x1b[A\n")  # the line before the last one, by the history
     assert "12 + 34 =" in here.until(r"\n[^\0]*tide> ")
-    here.keys("not sent\x03")
+    here.keys("not sent")
+    here.until("not sent")  # now it waits for a key: Python hears Ctrl-C only then, if it comes behind the prompt
+    here.keys("\x03")
     here.until("tide> ")
     here.keys("\x04")
     assert here.end() == 0
