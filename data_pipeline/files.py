@@ -46,6 +46,15 @@ def replace_file(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, lie on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_description(
     path: Path, version: int, required: set[str], error: type[UserError], absent: str, remedy: str
 ) -> tuple[dict[str, Any], bytes]:

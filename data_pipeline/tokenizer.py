@@ -21,6 +21,7 @@ from data_pipeline.segmentation import SegmentationConfig, segment
 
 PAD, BOS, EOS, BOB, EOB = range(256, 261)
 SPECIALS = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<bob>": BOB, "<eob>": EOB}
+_NAMES = {special: name for name, special in SPECIALS.items()}
 OUTPUT_VOCABULARY = 261  # chars and specials
 FIRST_TOKEN = OUTPUT_VOCABULARY
 
@@ -151,11 +152,12 @@ class MixedTokenizer:
 
     def name(self, i: int) -> str:
         """A readable name of one id."""
-        for name, special in SPECIALS.items():
-            if i == special:
-                return name
-        data = bytes([i]) if i < 256 else self.token_bytes(i)
-        return data.decode(errors="backslashreplace")
+        return char_name(i) if i < FIRST_TOKEN else self.token_bytes(i).decode(errors="backslashreplace")
+
+
+def char_name(i: int) -> str:
+    """A readable name of a char or special."""
+    return _NAMES[i] if i in _NAMES else bytes([i]).decode(errors="backslashreplace")
 
 
 def _token_bytes(bpe: Tokenizer) -> list[bytes]:

@@ -19,7 +19,7 @@ from tidal_dist.config import Config, load_config
 from tidal_dist.export.consolidate import export
 from tidal_dist.export.package import load_export
 from tidal_dist.generation.engine import Engine
-from tidal_dist.generation.request import Limits, requests_of
+from tidal_dist.generation.request import Limits, Request, requests_of
 from tidal_dist.launching import local_ranks, training_command
 
 _EXAMPLES = ["12 + 34 =", "999 + 1 =", "5000 - 4999 =", "17 - 4242 =", "-31 + 64 =", "9876 + 5432 ="]
@@ -102,7 +102,7 @@ def exact_match(folder: Path, problems: list[tuple[str, str]]) -> float:
     """Share of (prompt, answer) that the exported model answers exactly, `<eos>` included."""
     exported = load_export(folder)
     engine = Engine(exported.model, exported.tokenizer, batch_size=250)
-    results = engine.run(requests_of([p for p, _ in problems], limits=Limits(max_bytes=16)))
+    results = engine.run(requests_of([p for p, _ in problems], Request("", limits=Limits(max_bytes=16))))
     right = [r.text == answer and r.finish == "eos" for r, (_, answer) in zip(results, problems, strict=True)]
     return sum(right) / len(right)
 

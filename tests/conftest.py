@@ -86,3 +86,13 @@ def manifest(prepare_corpus: Prepare, tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "_MEMBER_DOCUMENTS", 7)  # so that so small a corpus has many members
         return prepare_corpus(tmp_path_factory.mktemp("prepared") / "shards", shard_bytes=1000)
+
+
+@pytest.fixture(scope="session")
+def small_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of a small model with random weights, to read only; the folder's name is `export`."""
+    from tests.exporting import write_small_export
+
+    out = tmp_path_factory.mktemp("exported") / "export"
+    write_small_export(out)
+    return out

@@ -8,19 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.exporting import write_small_export
 from tests.launching import prepare_sums, tidal, tidal_error, tidal_here
 
 
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("exported") / "export"
-    write_small_export(out)
-    return out
-
-
-def generate(export: Path, *arguments: str, stdin: bytes = b"") -> list[dict]:
-    result = tidal_here("generate", export, "--json", "--max-bytes", "12", *arguments, stdin=stdin)
+def generate(small_export: Path, *arguments: str, stdin: bytes = b"") -> list[dict]:
+    result = tidal_here("generate", small_export, "--json", "--max-bytes", "12", *arguments, stdin=stdin)
     assert result.returncode == 0, result.stderr.decode()
     return [json.loads(line) for line in result.stdout.splitlines()]
 
@@ -32,9 +24,16 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.slow
-def test_prompts_of_every_kind(export: Path) -> None:
+def test_prompts_of_every_kind(small_export: Path) -> None:
     prompts = ["12 + 34 =", "", "never seen: Ωmega 潮 👍🏽", "ends in a wor"]
-    arguments = ["generate", str(export), "--json", "--max-bytes", "12", *(a for p in prompts for a in ("--prompt", p))]
+    arguments = [
+        "generate",
+        str(small_export),
+        "--json",
+        "--max-bytes",
+        "12",
+        *(a for p in prompts for a in ("--prompt", p)),
+    ]
     found = [json.loads(line) for line in tidal(*arguments).stdout.splitlines()]
     assert [r["prompt"] for r in found] == prompts
     for record in found:
@@ -44,49 +43,49 @@ def test_prompts_of_every_kind(export: Path) -> None:
         assert len(record["text"].encode()) <= 12
 
 
-def test_prompts_from_files_and_standard_input(export: Path, tmp_path: Path) -> None:
+def test_prompts_from_files_and_standard_input(small_export: Path, tmp_path: Path) -> None:
     lines, records = tmp_path / "lines.txt", tmp_path / "prompts.jsonl"
     lines.write_text("12 + 34 =\n\n潮\n")
     records.write_text('{"prompt": "12 + 34 ="}\n{"prompt": ""}\n\n{"prompt": "潮", "id": 3}\n')
-    expected = generate(export, "--prompt", "12 + 34 =", "--prompt", "", "--prompt", "潮")
-    assert generate(export, "--input", str(lines)) == expected
-    assert generate(export, "--input", str(records)) == expected
-    assert generate(export, "--input", "-", stdin=lines.read_bytes()) == expected
-    assert generate(export, stdin=records.read_bytes()) == expected
+    expected = generate(small_export, "--prompt", "12 + 34 =", "--prompt", "", "--prompt", "潮")
+    assert generate(small_export, "--input", str(lines)) == expected
+    assert generate(small_export, "--input", str(records)) == expected
+    assert generate(small_export, "--input", "-", stdin=lines.read_bytes()) == expected
+    assert generate(small_export, stdin=records.read_bytes()) == expected
 
 
-def test_sampling_is_reproducible_whatever_the_batch(export: Path) -> None:
+def test_sampling_is_reproducible_whatever_the_batch(small_export: Path) -> None:
     sampled = ["--temperature", "1.5", "--top-k", "40", "--top-p", "0.95", "--seed", "7"]
     stdin = b"a\nb\nc\nd\n"
-    found = generate(export, *sampled, stdin=stdin)
-    assert generate(export, *sampled, "--batch-size", "1", stdin=stdin) == found
-    assert generate(export, *sampled[:-1], "8", stdin=stdin) != found
+    found = generate(small_export, *sampled, stdin=stdin)
+    assert generate(small_export, *sampled, "--batch-size", "1", stdin=stdin) == found
+    assert generate(small_export, *sampled[:-1], "8", stdin=stdin) != found
 
 
-def test_trace_shows_each_block(export: Path) -> None:
-    record = generate(export, "--trace", "--prompt", "12 + 34 =")[0]
+def test_trace_shows_each_block(small_export: Path) -> None:
+    record = generate(small_export, "--trace", "--prompt", "12 + 34 =")[0]
     assert [entry["block"] for entry in record["trace"]] == record["blocks"]
     entry = record["trace"][0]
     assert len(entry["chars"]) == len(entry["block"].encode())
     assert entry["char_positions"] == [entry["token_positions"][0] - c for c in range(len(entry["chars"]) + 1)]
-    text = tidal_here("generate", export, "--trace", "--max-bytes", "12", "--prompt", "12 + 34 =").stdout.decode()
+    text = tidal_here("generate", small_export, "--trace", "--max-bytes", "12", "--prompt", "12 + 34 =").stdout.decode()
     assert "<bob>" in text
     assert text.splitlines()[-1] == "12 + 34 =" + record["text"]
 
 
-def test_inspect_and_plot(export: Path, tmp_path: Path) -> None:
+def test_inspect_and_plot(small_export: Path, tmp_path: Path) -> None:
     picture = tmp_path / "layout.png"
-    result = tidal_here("inspect", export, "--prompt", "12 + 34 =", "--text", " 46", "--plot", picture, "--json")
+    result = tidal_here("inspect", small_export, "--prompt", "12 + 34 =", "--text", " 46", "--plot", picture, "--json")
     report = json.loads(result.stdout)
     assert report["chars"]["name"] == ["<bob>", "6", "4", " "]
     assert report["chars"]["label"] == ["6", "4", " ", "<eos>"]
     assert report["chars"]["place"] == [1, 2, 3, 4]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "<bob>" in tidal_here("inspect", export, "--text", "a b").stdout.decode()
+    assert "<bob>" in tidal_here("inspect", small_export, "--text", "a b").stdout.decode()
 
 
-def test_verify(export: Path) -> None:
-    assert json.loads(tidal_here("verify", export, "--json").stdout)["probe_loss"] > 0
+def test_verify(small_export: Path) -> None:
+    assert json.loads(tidal_here("verify", small_export, "--json").stdout)["probe_loss"] > 0
 
 
 def test_prepare_plans_and_refuses_to_overwrite(tmp_path: Path) -> None:
@@ -122,8 +121,8 @@ def test_prepare_plans_and_refuses_to_overwrite(tmp_path: Path) -> None:
         (["bench", "layout", "--blocks", "0"], "--blocks 0: must be at least 2"),
     ],
 )
-def test_a_mistake_gets_one_line(export: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:
-    places = {"EXPORT": str(export), "OUT": str(tmp_path / "out")}
+def test_a_mistake_gets_one_line(small_export: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:
+    places = {"EXPORT": str(small_export), "OUT": str(tmp_path / "out")}
     assert expected in tidal_error(*(places.get(a, a) for a in arguments))
     assert not (tmp_path / "out").exists()
 
@@ -136,13 +135,13 @@ def test_a_mistake_gets_one_line(export: Path, tmp_path: Path, arguments: list[s
         (b'{"prompt": "a"}\n{"prompt": "\\ud800"}\n', "standard input:2: the prompt is not UTF-8"),
     ],
 )
-def test_a_mistake_in_standard_input(export: Path, stdin: bytes, expected: str) -> None:
-    assert expected in tidal_error("generate", export, stdin=stdin)
+def test_a_mistake_in_standard_input(small_export: Path, stdin: bytes, expected: str) -> None:
+    assert expected in tidal_error("generate", small_export, stdin=stdin)
 
 
 @pytest.mark.slow
-def test_an_interrupted_reader_is_no_error(export: Path) -> None:
-    command = [sys.executable, "-m", "tidal_dist.cli", "generate", str(export)]
+def test_an_interrupted_reader_is_no_error(small_export: Path) -> None:
+    command = [sys.executable, "-m", "tidal_dist.cli", "generate", str(small_export)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent
     )

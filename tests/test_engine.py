@@ -56,7 +56,7 @@ def generations_of(model: torch.nn.Module, requests: Sequence[Request], **option
 def test_a_draft_changes_the_passes_and_nothing_else(number: int, temperature: float) -> None:
     model = lively_model(number, **SETTINGS[number])
     prompts = [*PROMPTS, REPETITIVE, "潮水退去，潮水又来。潮水退去，"]
-    requests = list(requests_of(prompts, Sampling(temperature, seed=7), Limits(40)))
+    requests = list(requests_of(prompts, Request("", Sampling(temperature, seed=7), Limits(40))))
     plain, drafted = (generations_of(model, requests, batch_size=3, draft=d) for d in (None, LookUp()))
     assert drafted == plain  # texts, blocks, tokens, positions, ends
     assert sum(g.drafted for g in drafted) > 0
@@ -94,14 +94,16 @@ def test_chars_have_the_logprobs_of_one_uncached_pass() -> None:
 def test_sequences_enter_and_leave_and_get_what_they_get_alone(batch_size: int) -> None:
     model = lively_model(5, char_layers=2)
     prompts = [*PROMPTS, UNSEEN, "the tide " * 12] * 2
-    requests = list(requests_of(prompts, Sampling(0.9), Limits(25)))
+    requests = list(requests_of(prompts, Request("", Sampling(0.9), Limits(25))))
     alone = [generations_of(model, [request], batch_size=1)[0] for request in requests]
     assert generations_of(model, requests, batch_size=batch_size) == alone
 
 
 def test_a_long_prompt_is_fed_in_parts_between_the_passes_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lively_model(6)
-    requests = list(requests_of(["12", "the tide 12 + 34 " * 6, "", "潮水退去" * 9], Sampling(0.7), Limits(20)))
+    requests = list(
+        requests_of(["12", "the tide 12 + 34 " * 6, "", "潮水退去" * 9], Request("", Sampling(0.7), Limits(20)))
+    )
     whole = generations_of(model, requests)
     monkeypatch.setattr(engine_module, "_PROMPT_TOKENS", 7)
     monkeypatch.setattr(engine_module, "_FEW_TOKENS", 2)
@@ -145,7 +147,7 @@ def test_text_ends_before_a_stop_string_and_no_part_of_it_is_shown(seed: int) ->
 
 def test_a_cancelled_request_leaves_and_the_others_go_on() -> None:
     model = lively_model(2)
-    requests = list(requests_of(PROMPTS, Sampling(1.0), Limits(30)))
+    requests = list(requests_of(PROMPTS, Request("", Sampling(1.0), Limits(30))))
     undisturbed = generations_of(model, requests)
     engine = Engine(model, TOKENIZER, batch_size=2)
     jobs = [engine.submit(request) for request in requests]

@@ -19,7 +19,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 import tidal_dist
-from tests.exporting import write_small_export
 from tidal_dist.errors import UserError
 from tidal_dist.evaluation.__main__ import main
 from tidal_dist.evaluation.harness import TidalLM
@@ -57,15 +56,8 @@ TASKS = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("harness") / "exported"
-    write_small_export(out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def tidal(folder: Path) -> Tidal:
-    return tidal_dist.load(folder, "cpu")
+def tidal(small_export: Path) -> Tidal:
+    return tidal_dist.load(small_export, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +122,9 @@ class TestOpening:
         module, _, name = project["entry-points"]["lm_eval.models"]["tidal"].partition(":")
         assert getattr(import_module(module), name) is TidalLM is get_model("tidal")
 
-    def test_model_args_win_over_what_the_command_line_says_besides(self, folder: Path):
+    def test_model_args_win_over_what_the_command_line_says_besides(self, small_export: Path):
         besides = {"batch_size": 1, "device": "cuda:99", "max_batch_size": None}
-        lm = TidalLM.create_from_arg_string(f"pretrained={folder},device=cpu,batch_size=3", besides)
+        lm = TidalLM.create_from_arg_string(f"pretrained={small_export},device=cpu,batch_size=3", besides)
         assert (str(lm.device), lm.batch_size) == ("cpu", 3)
         assert lm.tokenizer_name.startswith("tidal-")
         assert lm.get_model_info()["model_step"] == 1
@@ -147,9 +139,9 @@ class TestOpening:
             ({"window_chars": 8}, "needs 2 and 9"),
         ],
     )
-    def test_what_is_wrong_is_said_in_a_line(self, folder: Path, arguments: dict[str, Any], reason: str):
+    def test_what_is_wrong_is_said_in_a_line(self, small_export: Path, arguments: dict[str, Any], reason: str):
         with pytest.raises(UserError, match=re.escape(reason)):
-            TidalLM.create_from_arg_obj({"pretrained": str(folder), "device": "cpu", **arguments})
+            TidalLM.create_from_arg_obj({"pretrained": str(small_export), "device": "cpu", **arguments})
 
     def test_the_command_ends_with_that_line(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         monkeypatch.setattr(harness_command, "cli_evaluate", lambda: TidalLM("nowhere", "cpu"))
@@ -158,7 +150,7 @@ class TestOpening:
 
 
 @pytest.mark.slow
-def test_the_harness_runs_tasks_of_local_files(tidal: Tidal, folder: Path, tmp_path: Path):
+def test_the_harness_runs_tasks_of_local_files(tidal: Tidal, small_export: Path, tmp_path: Path):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(problem) for problem in PROBLEMS))
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}}}
     for name, task in TASKS.items():
@@ -167,7 +159,7 @@ def test_the_harness_runs_tasks_of_local_files(tidal: Tidal, folder: Path, tmp_p
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     command = [sys.executable, "-m", "tidal_dist.evaluation", "--model", "tidal", "--tasks", ",".join(TASKS)]
     options = ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out.json"), "--batch_size", "8"]
-    model = ["--model_args", f"pretrained={folder},device=cpu"]
+    model = ["--model_args", f"pretrained={small_export},device=cpu"]
     done = subprocess.run([*command, *options, *model], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(next(tmp_path.glob("out*.json")).read_text())["results"]

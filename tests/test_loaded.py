@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import tidal_dist
-from tests.exporting import write_small_export
 from tidal_dist.errors import UserError
 from tidal_dist.generation.events import Block, Char, Text
 from tidal_dist.loaded import Tidal
@@ -19,16 +18,9 @@ PROMPTS = ["", "12 + 34 =", "un café 潮水"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("loaded") / "exported"
-    write_small_export(out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def tidal(folder: Path) -> Tidal:
+def tidal(small_export: Path) -> Tidal:
     torch.set_num_threads(1)
-    return tidal_dist.load(folder, device="cpu")
+    return tidal_dist.load(small_export, device="cpu")
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -118,8 +110,8 @@ def test_score_takes_one_pair_or_several(tidal: Tidal):
     assert tidal.score(*pairs[0], ends=True).logprob < several[0].logprob
 
 
-def test_dtype(folder: Path):
-    tidal = tidal_dist.load(folder, "cpu", "bf16")
+def test_dtype(small_export: Path):
+    tidal = tidal_dist.load(small_export, "cpu", "bf16")
     assert next(tidal.model.parameters()).dtype == torch.bfloat16
     assert tidal.generate("12", max_bytes=8).text
     assert tidal.score("12", " + 34").logprob < 0
@@ -154,11 +146,11 @@ class TestBadInput:
         with pytest.raises(UserError, match="pairs"):
             tidal.score("12")
 
-    def test_what_is_no_export_or_no_device_is_refused_in_a_line(self, tmp_path: Path, folder: Path):
+    def test_what_is_no_export_or_no_device_is_refused_in_a_line(self, tmp_path: Path, small_export: Path):
         for arguments, reason in (
             ((tmp_path,), "no config.json"),
-            ((folder, "cuda:99"), "device cuda:99: not available"),
-            ((folder, "cpu", "int3"), "dtype int3"),
+            ((small_export, "cuda:99"), "device cuda:99: not available"),
+            ((small_export, "cpu", "int3"), "dtype int3"),
         ):
             with pytest.raises(UserError, match=reason) as raised:
                 tidal_dist.load(*arguments)

@@ -9,19 +9,11 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.exporting import write_small_export
 from tests.serving import server_process
 
 pytestmark = pytest.mark.slow
 BODY = {"model": "export", "prompt": "12 + 34 =", "max_tokens": 24, "temperature": 0}
 KEY = "moon-9"
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("exported") / "export"
-    write_small_export(out)
-    return out
 
 
 async def ask(port: int, go: asyncio.Event) -> tuple[int, str]:
@@ -45,9 +37,9 @@ async def ask_all(port: int, count: int) -> list[tuple[int, str]]:
     return await asyncio.gather(*asked)
 
 
-def test_a_thousand_requests_and_then_a_signal(export: Path) -> None:
+def test_a_thousand_requests_and_then_a_signal(small_export: Path) -> None:
     arguments = ["--batch-size", "8", "--queue", "56"]
-    with server_process(export, *arguments, TIDAL_API_KEY=KEY) as (url, process):
+    with server_process(small_export, *arguments, TIDAL_API_KEY=KEY) as (url, process):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
         alone = client.completions.create(**BODY).choices[0].text
         answers = asyncio.run(ask_all(int(url.rsplit(":", 1)[1]), 1000))

@@ -5,14 +5,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
 from tidal_dist.commands import cluster, data, generating, model, run
 from tidal_dist.commands.output import check_range, log, print_report
-
-if TYPE_CHECKING:
-    pass
 
 Command = Callable[[argparse.Namespace], int]
 

@@ -1,7 +1,7 @@
 """An exported model in a Python program: generate, stream, score."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
@@ -10,15 +10,14 @@ import torch
 from tidal_dist.devices import available_device
 from tidal_dist.errors import UserError
 from tidal_dist.export.package import Exported, load_export
-from tidal_dist.generation.constraint import Constraint, choice_constraint, regex_constraint
+from tidal_dist.export.tensor_files import DTYPES
+from tidal_dist.generation.constraint import constraint_of
 from tidal_dist.generation.engine import DEFAULT_BATCH_SIZE, Engine
 from tidal_dist.generation.events import Event, Generation, Text
 from tidal_dist.generation.prompts import check_prompt
-from tidal_dist.generation.request import Limits, Request
-from tidal_dist.generation.sampling import Sampling
+from tidal_dist.generation.request import Limits, Request, requests_of
+from tidal_dist.generation.sampling import SAMPLING_NAMES, Sampling
 from tidal_dist.generation.scoring import Score, score
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Options(TypedDict, total=False):
@@ -46,9 +45,6 @@ class Options(TypedDict, total=False):
     regex: str | None
     choice: Sequence[str] | None
     logprobs: int
-
-
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 class Tidal:
@@ -170,27 +166,22 @@ class Tidal:
         if unknown:
             raise UserError(f"{unknown[0]}: no such option; there are {', '.join(Options.__annotations__)}")
         stop = options.get("stop", ())
-        sampling = Sampling(**{name: options[name] for name in _SAMPLING if name in options})  # type: ignore[literal-required]
+        sampling = Sampling(**{name: options[name] for name in SAMPLING_NAMES if name in options})  # type: ignore[literal-required]
         limits = Limits(
             options.get("max_bytes", Limits.max_bytes),
             options.get("max_blocks"),
             (stop,) if isinstance(stop, str) else tuple(stop),
         )
-        constraint, alternatives = self._constraint(options), options.get("logprobs", 0)
-        for k, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise UserError(f"prompt {k}: a {type(prompt).__name__}; give a text")
-            own = replace(sampling, seed=sampling.seed + k)
-            yield Request(check_prompt(prompt, f"prompt {k}"), own, limits, constraint, alternatives)
-
-    def _constraint(self, options: Options) -> Constraint | None:
-        pattern, choices = options.get("regex"), options.get("choice")
-        if pattern is not None and choices is not None:
-            raise UserError("regex and choice: a text is held to one of them; leave one out")
         most = self.tokenizer.segmentation.max_block_bytes
-        if pattern is not None:
-            return regex_constraint(pattern, most)
-        return choice_constraint(choices, most) if choices is not None else None
+        constraint = constraint_of(options.get("regex"), options.get("choice"), most)
+        like = Request("", sampling, limits, constraint, options.get("logprobs", 0))
+        yield from requests_of(map(_checked, prompts, count()), like)
+
+
+def _checked(prompt: Any, number: int) -> str:
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt {number}: a {type(prompt).__name__}; give a text")
+    return check_prompt(prompt, f"prompt {number}")
 
 
 def open_export(path: str | Path, device: str, dtype: str | torch.dtype | None) -> Tidal:
@@ -198,6 +189,6 @@ def open_export(path: str | Path, device: str, dtype: str | torch.dtype | None) 
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise UserError(f"dtype {dtype}: choose from {', '.join(DTYPES)}")
     found = available_device(device, "device")
-    exported = load_export(path)
-    exported.model.to(found, DTYPES[dtype] if isinstance(dtype, str) else dtype)
+    exported = load_export(path, DTYPES[dtype] if isinstance(dtype, str) else dtype)
+    exported.model.to(found)
     return Tidal(exported, found)

@@ -7,7 +7,7 @@ from tests.builders import small_model, small_tokenizer
 from tidal_dist.generation.draft import LookUp
 from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.passes import Graphs
-from tidal_dist.generation.request import Limits, requests_of
+from tidal_dist.generation.request import Limits, Request, requests_of
 from tidal_dist.generation.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -24,7 +24,7 @@ def test_recorded_passes_write_what_a_cpu_writes(settings: dict, batch_size: int
     for device in ("cpu", "cuda"):
         engine = Engine(small_model(tokenizer, **settings).to(device), tokenizer, device, batch_size, draft)
         assert isinstance(engine._run, Graphs) == (device == "cuda")
-        requests = requests_of(PROMPTS, Sampling(temperature=0.7), Limits(40))
+        requests = requests_of(PROMPTS, Request("", Sampling(temperature=0.7), Limits(40)))
         texts[device] = [g.text for g in engine.run(requests)]
     assert texts["cuda"] == texts["cpu"]
 
@@ -36,7 +36,7 @@ def test_recorded_passes_answer_like_passes_as_they_come(dtype: torch.dtype) -> 
     for records_passes in (True, False):
         model = small_model(tokenizer, dtype=dtype).cuda()
         engine = Engine(model, tokenizer, "cuda", 4, records_passes=records_passes)
-        generations = list(engine.run(requests_of(PROMPTS, limits=Limits(24))))
+        generations = list(engine.run(requests_of(PROMPTS, Request("", limits=Limits(24)))))
         logprobs[records_passes] = [(g.text, g.logprob) for g in generations]
     for (text, logprob), (other_text, other_logprob) in zip(*logprobs.values(), strict=True):
         assert text == other_text

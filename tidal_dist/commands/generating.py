@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,17 +47,32 @@ def add_generate(sub: argparse.ArgumentParser) -> None:
 
 def add_serve(sub: argparse.ArgumentParser) -> None:
     """Arguments of `tidal serve`."""
+    from tidal_dist.generation.server.settings import ServerSettings as Default
+
     sub.add_argument("export", type=Path, help="an exported folder")
     sub.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     sub.add_argument("--port", type=int, default=8000, help="0: a free one (default: %(default)s)")
     sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     sub.add_argument("--model-name", metavar="NAME", help="what clients ask for (default: the folder's name)")
-    sub.add_argument("--batch-size", type=int, default=16, help="texts written at a time (default: %(default)s)")
-    sub.add_argument("--queue", type=int, default=256, help="texts that may wait (default: %(default)s)")
-    sub.add_argument("--max-request-bytes", type=int, default=2**21, help="of a body (default: %(default)s)")
-    sub.add_argument("--max-prompt-bytes", type=int, default=2**14, help="of a prompt (default: %(default)s)")
-    sub.add_argument("--max-bytes-limit", type=int, default=4096, help="most for max_tokens (default: %(default)s)")
-    sub.add_argument("--timeout-seconds", type=float, default=300.0, help="of a request (default: %(default)s)")
+    sub.add_argument(
+        "--batch-size", type=int, default=Default.batch_size, help="texts written at a time (default: %(default)s)"
+    )
+    sub.add_argument("--queue", type=int, default=Default.queue, help="texts that may wait (default: %(default)s)")
+    sub.add_argument(
+        "--max-request-bytes", type=int, default=Default.max_request_bytes, help="of a body (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--max-prompt-bytes", type=int, default=Default.max_prompt_bytes, help="of a prompt (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--max-bytes-limit",
+        type=int,
+        default=Default.max_bytes_limit,
+        help="most for max_tokens (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--timeout-seconds", type=float, default=Default.timeout_seconds, help="of a request (default: %(default)s)"
+    )
     sub.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="holds the key that /v1 asks for (or TIDAL_API_KEY does)"
     )
@@ -107,34 +121,27 @@ def _check_generate(arguments: argparse.Namespace) -> None:
 def _constraint(arguments: argparse.Namespace, max_block_bytes: int) -> "Constraint | None":
     if arguments.regex is None and arguments.choice is None:
         return None
-    from tidal_dist.generation.constraint import choice_constraint, regex_constraint
+    from tidal_dist.generation.constraint import constraint_of
 
-    if arguments.regex is not None:
-        return regex_constraint(arguments.regex, max_block_bytes)
-    return choice_constraint(arguments.choice, max_block_bytes)
+    return constraint_of(arguments.regex, arguments.choice, max_block_bytes)
 
 
 def _request(arguments: argparse.Namespace, constraint: "Constraint | None") -> "Request":
     """What all prompts have alike."""
     from tidal_dist.generation.request import Limits, Request
-    from tidal_dist.generation.sampling import Sampling
+    from tidal_dist.generation.sampling import SAMPLING_NAMES, Sampling
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    sampling = Sampling(**{name: getattr(arguments, name) for name in names})
+    sampling = Sampling(**{name: getattr(arguments, name) for name in SAMPLING_NAMES})
     limits = Limits(arguments.max_bytes, stop=tuple(arguments.stop))
     return Request("", sampling, limits, constraint, arguments.logprobs or 0)
 
 
 def _print_all(engine: "Engine", request: "Request", prompts: Sequence[str], arguments: argparse.Namespace) -> None:
     from tidal_dist.generation.report import as_object, as_text
+    from tidal_dist.generation.request import requests_of
 
     texts = [prompt for prompt in prompts for _ in range(arguments.n)]
-    seed = request.sampling.seed
-    requests = (
-        replace(request, prompt=prompt, sampling=replace(request.sampling, seed=seed + i))
-        for i, prompt in enumerate(texts)
-    )
-    for prompt, result in zip(texts, engine.run(requests), strict=True):
+    for prompt, result in zip(texts, engine.run(requests_of(texts, request)), strict=True):
         if arguments.json:
             found = as_object(prompt, result, arguments.trace, arguments.logprobs is not None)
             print(json.dumps(found, ensure_ascii=False), flush=True)

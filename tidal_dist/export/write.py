@@ -1,16 +1,15 @@
 """An exported folder is written under another name, proven there, and only then gets its own."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_pipeline.files import replace_file, sha256_of
+from data_pipeline.files import replace_file, sha256_of, sync
 from data_pipeline.segmentation import SegmentationConfig
 from tidal_dist.config import ModelConfig
 from tidal_dist.errors import ExportError, UserError
@@ -63,9 +62,9 @@ def write_export(out: Path, product: Product) -> Proof:
         content = _write(partial, product)
         proof = prove(partial)
         _describe(partial, content, proof)
-        _sync(partial)
+        sync(partial)
         partial.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise UserError(
             f"{out}: cannot write ({error.strerror or error}); free space or choose another folder"
@@ -159,9 +158,8 @@ def _describe(partial: Path, content: dict[str, Any], proof: Proof) -> None:
 
 def _record(partial: Path, content: dict[str, Any], name: str) -> None:
     path = partial / name
-    _sync(path)
-    content["files"][name] = asdict(Written(name, path.stat().st_size, sha256_of(path)))
-    del content["files"][name]["name"]
+    sync(path)
+    content["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _write_config(partial: Path, content: dict[str, Any]) -> None:
@@ -169,11 +167,3 @@ def _write_config(partial: Path, content: dict[str, Any]) -> None:
     seen = json.loads(json.dumps(content | {"checksum": ""}))
     content["checksum"] = checksum(seen)
     replace_file(partial / CONFIG, json.dumps(content, indent=1).encode())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

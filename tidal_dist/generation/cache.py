@@ -13,6 +13,7 @@ import torch
 from data_pipeline.layout import NO_DOCUMENT, Slots
 from tidal_dist.model.transformer import KeysValues
 
+_LEAST_TOKENS = 64  # room for tokens to begin with
 ARRAYS = [f.name for f in fields(Slots) if f.name != "stream"]
 
 
@@ -28,20 +29,19 @@ class Cache:
         self.skips_empty_layers = skips_empty_layers
         self._rows, self._length = slice(0, 0), 0
         self._counts = self._targets = torch.empty(0)
-        self._n_tokens = 0
         self._buffers: dict[str, torch.Tensor] = {}  # each (B, K, ...)
 
-    def reserve(self, rows: int, tokens: int) -> bool:
-        """Make room for so many sequences, and tokens of each; whether that took new buffers."""
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for so many sequences, and tokens of each; for more tokens at once, so that it is seldom done."""
         if rows <= self.row_capacity and tokens <= self.token_capacity:
-            return False
+            return
         self.row_capacity = max(rows, self.row_capacity)
-        self.token_capacity = _aligned(max(tokens, self.token_capacity))
+        if tokens > self.token_capacity:
+            self.token_capacity = _aligned(max(tokens, self.token_capacity * 3 // 2, _LEAST_TOKENS))
         for name, old in self._buffers.items():
             new = old.new_zeros(self.row_capacity, self._keys, *old.shape[2:])
             new[: len(old), : old.shape[1] - 1] = old[:, :-1]
             self._buffers[name] = new
-        return True
 
     @property
     def _keys(self) -> int:
@@ -69,7 +69,7 @@ class Cache:
         document = torch.cat([tokens.document, chars.document], dim=1)
         at = torch.where(document != NO_DOCUMENT, at, self._keys - 1)
         rows = torch.arange(self._rows.start, self._rows.stop, device=at.device)
-        self._targets, self._n_tokens = at + rows[:, None] * self._keys, tokens.ids.shape[1]
+        self._targets = at + rows[:, None] * self._keys
         arrays = [torch.cat([getattr(tokens, n), getattr(chars, n)], dim=1) for n in ARRAYS]
         kept = self._written("slots", torch.stack(arrays, dim=-1))
         counts = self._counts + torch.stack([(s.document != NO_DOCUMENT).sum(dim=1) for s in (tokens, chars)])

@@ -14,6 +14,7 @@ import numpy as np
 
 from data_pipeline.pieces import reverse_block
 from data_pipeline.tokenizer import EOB, EOS, OUTPUT_VOCABULARY
+from tidal_dist.errors import UserError
 from tidal_dist.generation.automaton import Automaton, automaton_of_choices, automaton_of_pattern
 from tidal_dist.generation.request import Constraint
 
@@ -75,6 +76,19 @@ def regex_constraint(pattern: str, max_block_bytes: int) -> Constraint:
         UserError: the pattern is wrong, too large, or matches only the empty text.
     """
     return AutomatonConstraint(automaton_of_pattern(pattern), max_block_bytes)
+
+
+def constraint_of(pattern: str | None, choices: Sequence[str] | None, max_block_bytes: int) -> Constraint | None:
+    """Text held to a regular expression or to choices, whichever is given; none where neither is.
+
+    Raises:
+        UserError: both are given, or as `regex_constraint` and `choice_constraint`.
+    """
+    if pattern is not None and choices is not None:
+        raise UserError("regex and choice: a text is held to one of them; leave one out")
+    if pattern is not None:
+        return regex_constraint(pattern, max_block_bytes)
+    return None if choices is None else choice_constraint(choices, max_block_bytes)
 
 
 def choice_constraint(choices: Sequence[str], max_block_bytes: int) -> Constraint:

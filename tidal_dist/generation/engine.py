@@ -24,7 +24,6 @@ from tidal_dist.model.transformer import TidalTransformer
 DEFAULT_BATCH_SIZE = 16
 _PROMPT_TOKENS = 512  # tokens of a prompt that a pass takes from a sequence
 _FEW_TOKENS = 16  # more are fed apart from the sequences that are being written, which would be padded to as many
-_LEAST_TOKENS = 64  # room for tokens to begin with
 _DRAFTED_CHARS = 32  # chars that a pass takes from a sequence with a draft
 
 
@@ -99,11 +98,6 @@ class Engine:
         """Whether a request is not done."""
         return any(not job.done for job in (*self.jobs, *self._waiting))
 
-    @property
-    def waiting(self) -> int:
-        """Requests that have not entered yet."""
-        return len(self._waiting)
-
     def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
         """Continue requests; the generations in their order, each as soon as those before it are done."""
         pending, source = deque[Job](), iter(requests)
@@ -170,18 +164,12 @@ class Engine:
         fed = [0 if f.tokens is None else len(f.tokens.ids) for f in feeds]
         longest = max(*kept[0] + fed, 1) if feeds else 1
         shape = self._run.shape_of(shape)
-        self._make_room(rows.start + shape[0], int(longest))
+        self._cache.reserve(rows.start + shape[0], int(longest))
         tokens, chars = self._in_rows(feeds, shape)
         counts = np.zeros((2, shape[0]), dtype=np.int64)
         counts[:, : len(feeds)] = kept
         inputs = PassInputs(slice(rows.start, rows.start + shape[0]), tokens, chars, counts, int(longest))
         return self._run(inputs).float().cpu().numpy()
-
-    def _make_room(self, rows: int, tokens: int) -> None:
-        cache = self._cache
-        if rows > cache.row_capacity or tokens > cache.token_capacity:
-            roomy = max(tokens, cache.token_capacity * 3 // 2, _LEAST_TOKENS) if tokens > cache.token_capacity else 0
-            cache.reserve(rows, roomy)
 
     def _in_rows(self, feeds: list[Feed], shape: tuple[int, int, int]) -> tuple[Slots, Slots]:
         """What is fed, as slots of `shape` B, T, C, filled up with padding."""

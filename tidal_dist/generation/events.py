@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.tokenizer import EOB, EOS
+from data_pipeline.tokenizer import char_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,7 @@ class Char:
     @property
     def name(self) -> str:
         """As people read it: a byte, or `<eob>` and `<eos>`."""
-        names = {EOB: "<eob>", EOS: "<eos>"}
-        return names.get(self.id) or bytes([self.id]).decode(errors="backslashreplace")
+        return char_name(self.id)
 
 
 @dataclass(frozen=True)

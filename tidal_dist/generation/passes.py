@@ -89,6 +89,10 @@ class _Recorded:
     logits: torch.Tensor
 
 
+def _is_recorded(shape: Shape) -> bool:
+    return shape[1] <= _GRAPH_TOKENS[-1] and shape[2] <= _GRAPH_CHARS[-1]
+
+
 class Graphs:
     """Runs passes of few slots as CUDA graphs, one for each shape and size of the cache: a launch for a whole pass."""
 
@@ -101,7 +105,7 @@ class Graphs:
     def shape_of(self, shape: Shape) -> Shape:
         """The shape that a pass is filled up to: one of few, so that its graph can be used again."""
         b, t, c = shape
-        if t > _GRAPH_TOKENS[-1] or c > _GRAPH_CHARS[-1]:
+        if not _is_recorded(shape):
             return shape
         return (
             1 << (b - 1).bit_length(),
@@ -112,7 +116,7 @@ class Graphs:
     def __call__(self, inputs: PassInputs) -> torch.Tensor:
         """Logits (B, C, V)."""
         shape = inputs.shape
-        if inputs.rows.start or shape != self.shape_of(shape) or shape[1] > _GRAPH_TOKENS[-1]:
+        if inputs.rows.start or not _is_recorded(shape):
             return self._eager(inputs)
         room = self._cache.row_capacity, self._cache.token_capacity
         if room != self._room:  # the cache's buffers are others now

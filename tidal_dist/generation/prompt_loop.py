@@ -13,7 +13,7 @@ from tidal_dist.errors import UserError
 from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.prompts import check_prompt
 from tidal_dist.generation.report import trace_lines
-from tidal_dist.generation.request import Request
+from tidal_dist.generation.request import Request, requests_of
 from tidal_dist.generation.tide_line import TideLine, visible
 
 _HISTORY_LINES = 1000
@@ -68,9 +68,8 @@ class PromptLoop:
             return
         elif not line:
             return
-        for i in range(self._texts):
-            sampling = replace(self._request.sampling, seed=self._request.sampling.seed + i)
-            if not self._write(replace(self._request, prompt=check_prompt(line, "the prompt"), sampling=sampling)):
+        for request in requests_of([check_prompt(line, "the prompt")] * self._texts, self._request):
+            if not self._write(request):
                 break
 
     def _command(self, name: str, value: str) -> None:

@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from data_pipeline.tokenizer import SPECIALS
+from data_pipeline.tokenizer import char_name
 from tidal_dist.generation.events import Block, Generation
-
-_SPECIAL_NAMES = {special: name for name, special in SPECIALS.items()}
 
 
 def as_object(prompt: str, result: Generation, with_trace: bool, with_alternatives: bool = False) -> dict[str, Any]:
@@ -25,11 +23,7 @@ def as_object(prompt: str, result: Generation, with_trace: bool, with_alternativ
 
 def _alternatives(block: Block) -> list[list[tuple[str, float]]]:
     """For each char, its end mark last, the likeliest with their log-probabilities."""
-    return [[(_name(i), round(logprob, 4)) for i, logprob in char.alternatives] for char in block.chars]
-
-
-def _name(char: int) -> str:
-    return _SPECIAL_NAMES.get(char) or bytes([char]).decode(errors="backslashreplace")
+    return [[(char_name(i), round(logprob, 4)) for i, logprob in char.alternatives] for char in block.chars]
 
 
 def as_text(prompt: str, result: Generation, with_trace: bool) -> str:

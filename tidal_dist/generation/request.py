@@ -66,9 +66,7 @@ class Request:
     alternatives: int = 0
 
 
-def requests_of(
-    prompts: Iterable[str | Sequence[str]], sampling: Sampling = GREEDY, limits: Limits = DEFAULT_LIMITS, **rest: Any
-) -> Iterator[Request]:
-    """A request for each prompt; prompt i samples with `sampling.seed + i`. `rest`: fields that all have."""
+def requests_of(prompts: Iterable[str | Sequence[str]], like: Request) -> Iterator[Request]:
+    """A request like another for each prompt; prompt i samples with that one's seed + i."""
     for i, prompt in enumerate(prompts):
-        yield Request(prompt, replace(sampling, seed=sampling.seed + i), limits, **rest)
+        yield replace(like, prompt=prompt, sampling=replace(like.sampling, seed=like.sampling.seed + i))

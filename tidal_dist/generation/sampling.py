@@ -1,7 +1,7 @@
 """Choosing the next char from its logits. Pure functions over numpy arrays; V ids of the output vocabulary."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
+SAMPLING_NAMES = tuple(field.name for field in fields(Sampling))
 
 
 def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_pipeline.layout import CharPositions, Slots, bos_slot, char_position, concatenate, token_slots
+from data_pipeline.pieces import reverse_block
 from data_pipeline.segmentation import off_canonical_joins, segment
 from data_pipeline.tokenizer import BOB, EOB, EOS, MixedTokenizer
 from tidal_dist.generation.draft import Draft
@@ -21,10 +22,15 @@ Listener = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Feed:
-    """What a sequence gives to a pass: tokens (t,), and its next char with those that are drafted behind it."""
+    """What a sequence gives to a pass: tokens (t,), and its next char with those that are drafted behind it.
+
+    Attributes:
+        drafted_tokens: of the tokens, how many belong to each block that is not written yet.
+    """
 
     tokens: Slots | None
     chars: list[CharInput]
+    drafted_tokens: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -61,7 +67,6 @@ class Writing:
         self._state = request.constraint.start() if request.constraint else None
         self._n_blocks, self._n_tokens, self._shown, self._n_bytes = 0, 1, 0, 0  # `<bos>` is there already
         self._block = _Block()
-        self._drafted_tokens: list[int] = []  # of each block whose tokens were fed before it was written
         prompt = request.prompt
         blocks = segment(prompt, tokenizer.segmentation) if isinstance(prompt, str) else prompt
         self._draft = draft.begin(blocks) if draft else None
@@ -116,13 +121,13 @@ class Writing:
     def _with_draft(self, tokens: Slots | None, chars: list[CharInput], room: int) -> Feed:
         """Behind the next char those that the draft expects, and the tokens of blocks that it expects whole."""
         assert self._draft is not None
-        parts = [] if tokens is None else [tokens]
+        parts, drafted_tokens = [] if tokens is None else [tokens], []
         block, start_pos, last = self._n_blocks, self._n_tokens, b""
         for number, expected in enumerate(self._draft.propose(bytes(self._block.written))):
             if number:
                 slots = self._slots_of([block_text(last)], block, start_pos)
                 parts.append(slots)
-                self._drafted_tokens.append(len(slots.ids))
+                drafted_tokens.append(len(slots.ids))
                 block, start_pos = block + 1, start_pos + len(slots.ids)
                 chars.append((BOB, 0, block, start_pos))
             done = 0 if number else len(self._block.written)
@@ -131,30 +136,23 @@ class Writing:
             if len(chars) + 2 > room:  # a block more takes `<bob>` and a byte
                 break
         del chars[room:]
-        return Feed(concatenate(parts) if parts else None, chars)
+        return Feed(concatenate(parts) if parts else None, chars, drafted_tokens)
 
     def take(self, fed: Feed, logits: np.ndarray) -> None:
         """Go on with the model's answer, (n, V), to the n chars that were fed."""
         self.generation.passes += 1
         self.generation.drafted += max(len(fed.chars) - 1, 0)
-        self.cached_tokens += (0 if fed.tokens is None else len(fed.tokens.ids)) - sum(self._drafted_tokens)
-        number = 0
+        self.cached_tokens += (0 if fed.tokens is None else len(fed.tokens.ids)) - sum(fed.drafted_tokens)
+        number, drafted_tokens = 0, iter(fed.drafted_tokens)
         for number, row in enumerate(logits, 1):
             self._write(self._choose(row))
-            if self.is_finished or number == len(fed.chars) or not self._is_next(fed.chars[number]):
+            if self.is_finished or number == len(fed.chars) or fed.chars[number] != self._next_char():
                 break
             self.generation.accepted += 1
+            if fed.chars[number][0] == BOB:  # the tokens of the finished block were fed too
+                self._new_tokens = None
+                self.cached_tokens += next(drafted_tokens)
         self.cached_chars = self.cached_chars + number if self._block.written else 0
-        self._drafted_tokens.clear()
-
-    def _is_next(self, drafted: CharInput) -> bool:
-        """Whether the char that was drafted behind the one just answered is the one to go on with."""
-        if drafted != self._next_char():
-            return False
-        if drafted[0] == BOB:  # the tokens of the finished block were fed too
-            self._new_tokens = None
-            self.cached_tokens += self._drafted_tokens.pop(0)
-        return True
 
     def _allowed(self) -> np.ndarray:
         """Ids that may come next, (V,) bool."""
@@ -192,23 +190,17 @@ class Writing:
         if self._n_bytes + len(done.written) > limits.max_bytes:
             self._finish("length")
             return
-        written, text = bytes(done.written), block_text(bytes(done.written))
-        start_pos, chars = self._n_tokens, range(len(written) + 1)
-        self._new_tokens = tokens = self._take([text])
-        ids = tuple(tokens.ids.tolist())
-        names = tuple(map(self._tokenizer.name, ids))
-        positions = tuple(char_position(start_pos, c, self._char_positions) for c in chars)
-        block = Block(text, tuple(done.chars), ids, names, start_pos, positions)
+        block = self._as_context(done)
         generation.details.append(block)
         generation.ill_formed_blocks += done.is_held_back
-        generation.text += text
-        self._n_bytes += len(written)
+        generation.text += block.text
+        self._n_bytes += len(done.written)
         self._tell(block)
         if self.request.constraint:
-            self._state = self.request.constraint.after(self._state, written[::-1])
+            self._state = self.request.constraint.after(self._state, reverse_block(bytes(done.written)))
         for reader in (self._draft, self._seen):
             if reader:
-                reader.add(text)
+                reader.add(block.text)
         is_full = limits.max_blocks is not None and len(generation.details) >= limits.max_blocks
         if self._stops():
             self._finish("stop")
@@ -216,6 +208,15 @@ class Writing:
             self._finish("eos" if is_last else "length")
         else:
             self._show(len(generation.text) - self._held_back())
+
+    def _as_context(self, done: _Block) -> Block:
+        """Turn a block round; its tokens are fed next."""
+        text, start_pos = block_text(bytes(done.written)), self._n_tokens
+        self._new_tokens = self._take([text])
+        ids = tuple(self._new_tokens.ids.tolist())
+        names = tuple(map(self._tokenizer.name, ids))
+        positions = tuple(char_position(start_pos, c, self._char_positions) for c in range(len(done.written) + 1))
+        return Block(text, tuple(done.chars), ids, names, start_pos, positions)
 
     def _stops(self) -> bool:
         """Whether the text now holds a stop string, before which it is cut."""

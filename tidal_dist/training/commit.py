@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import read_description, replace_file, sha256_of
+from data_pipeline.files import read_description, replace_file, sha256_of, sync
 from tidal_dist.errors import CheckpointError
 
 COMMIT, BEST, BEST_LOSS = "COMMIT", "best.json", "best-loss.json"
@@ -66,15 +66,6 @@ def written_file(folder: Path, path: Path) -> WrittenFile:
     """The record of a file that is there already, put on the disk."""
     sync(path)
     return WrittenFile(path.relative_to(folder).as_posix(), path.stat().st_size, sha256_of(path))
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, lie on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def commit(partial: Path, final: Path, step: int, files: Iterable[WrittenFile]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.generation.events import Block, Char, Text
 from tidal_dist.generation.request import DEFAULT_LIMITS, Constraint, Limits, Request
-from tidal_dist.generation.sampling import Sampling
+from tidal_dist.generation.sampling import SAMPLING_NAMES, Sampling
 from tidal_dist.generation.server import answers
 from tidal_dist.generation.server.errors import ApiError, stopping, timed_out
 from tidal_dist.generation.server.schema import MAX_SEED, CompletionRequest
@@ -50,14 +50,7 @@ def engine_requests(asked: CompletionRequest, constraint: Constraint | None, set
 
 
 def _sampling(asked: CompletionRequest, seed: int) -> Sampling:
-    return Sampling(
-        temperature=asked.temperature,
-        top_k=asked.top_k,
-        top_p=asked.top_p,
-        min_p=asked.min_p,
-        repetition_penalty=asked.repetition_penalty,
-        seed=seed,
-    )
+    return Sampling(**{name: getattr(asked, name) for name in SAMPLING_NAMES} | {"seed": seed})
 
 
 class _Text:

@@ -5,6 +5,7 @@ import time
 
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.errors import UserError
+from tidal_dist.generation.constraint import constraint_of
 from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.request import Constraint
 from tidal_dist.generation.server.completions import Completion, check_limits, engine_requests
@@ -45,13 +46,9 @@ class Service:
         """Take nothing up any more; for a signal's handler, so on the loop's own time."""
         self.worker.close_soon(self.settings.grace_seconds)
 
-    def _constraint(self, asked: CompletionRequest) -> Constraint:
-        field, most = "regex" if asked.choice is None else "choice", self._tokenizer.segmentation.max_block_bytes
+    def _constraint(self, asked: CompletionRequest) -> Constraint | None:
         try:
-            from tidal_dist.generation.constraint import choice_constraint, regex_constraint
-
-            return regex_constraint(asked.regex, most) if asked.regex else choice_constraint(asked.choice or [], most)
+            return constraint_of(asked.regex, asked.choice, self._tokenizer.segmentation.max_block_bytes)
         except UserError as error:
+            field = "regex" if asked.choice is None else "choice"
             raise ApiError(422, f"{field}: {error}", field) from None
-        except ModuleNotFoundError:
-            raise ApiError(422, f"{field}: not supported here", field) from None
