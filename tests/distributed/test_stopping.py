@@ -16,13 +16,14 @@ import pytest
 
 from tests.launching import ROOT, environment, launched, prepare_sums, scalars, started, tidal_here
 from tests.ranks import halt
+from tidal_dist.drill.evidence import newest_step
 from tidal_dist.history.events import read_events
 from tidal_dist.launching import free_port
 from tidal_dist.training.heartbeat import heartbeat_file
 
 pytestmark = pytest.mark.slow
 
-STEPS, VALIDATED = 16, 8
+STEPS, VALIDATED = 24, 8  # a validation, which takes long, is still to come when a signal is sent after step 8
 OVERRIDES = (
     f"training.steps={STEPS}",
     "training.save_every_steps=1000",
@@ -104,9 +105,9 @@ def test_what_was_interrupted_goes_on_as_if_nothing_had_been(config: Path) -> No
 
     # One rank alone is told to end, while it trains.
     with started(config, *OVERRIDES, f"run_dir={run}", "--resume") as process:
-        pid = wait_until(
-            lambda: beat(run, 1)["step"] > VALIDATED and not beat(run, 1)["ended"] and beat(run, 1)["pid"], process
-        )
+        pid = wait_until(lambda: not beat(run, 1)["ended"] and beat(run, 1)["pid"], process)
+        # Heartbeats are a second apart, in which such a run is over.
+        wait_until(lambda: newest_step(run) > VALIDATED, process)
         os.kill(pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output[-3000:]
