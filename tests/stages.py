@@ -2,6 +2,7 @@
 behind that is discarded. Rank 0 writes what was found to `run_dir`/found.json."""
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from torch._dynamo.utils import counters
 
 from data_pipeline.quarantine import QuarantineRecord
 from data_pipeline.shards import Manifest
@@ -40,7 +42,15 @@ CASES: dict[str, list[str]] = {
         "training.accumulation_steps=2",
         "deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}",
     ],
+    "1 bf16 compiled": ["training.zero_stage=1", "training.precision=bf16", "training.compile=true"],
+    "3 fp32 compiled": [
+        "training.compile=true",
+        "training.activation_checkpointing=true",
+        "deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}",
+    ],
 }
+# What is compiled is traced and differentiated as ever; kernels would take a minute to make, and are PyTorch's own.
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
 
 
 class Case:
@@ -53,7 +63,8 @@ class Case:
         share = Share(config.training.batch_rows, config.training.accumulation_steps, rank, world)
         self._steps = StepDataset(data.reader, data.stream.order, share, 0)
         self._all = StepDataset(data.reader, data.stream.order, Share(config.training.batch_rows, 1, 0, 1), 0)
-        self._build = lambda: TidalTransformer(config.model, tokenizer.vocab_size, config.segmentation.max_block_bytes)
+        sizes = tokenizer.vocab_size, config.segmentation.max_block_bytes
+        self._build = lambda: TidalTransformer(config.model, *sizes, ds.activation_checkpoint(config.training))
         self.engine = ds.build_engine(config, world, self._build)
         self.engine.train()
 
@@ -136,6 +147,7 @@ def examine(config: Config, rank: int, world: int) -> dict[str, Any]:
     for step in (0, 1):
         plain.make_step(step)
         tried.make_step(step)
+    compiled = _compiled_graphs()
     before = tried.state()
     expected = tried.gradients_of_plain_pytorch(2)
     tried.pass_step(2)
@@ -153,6 +165,11 @@ def examine(config: Config, rank: int, world: int) -> dict[str, Any]:
     tried.make_step(4)
     whole = torch.cat([gradient.flatten() for gradient in expected.values()])
     return {
+        "graphs": {
+            "first": compiled,
+            "all": _compiled_graphs(),
+            "breaks": len(counters["graph_break"]),
+        },
         "same names": list(found) == list(expected),
         "gradient error": relative_error(torch.cat(list(found.values())), whole),
         "norm": norm,
@@ -167,6 +184,10 @@ def examine(config: Config, rank: int, world: int) -> dict[str, Any]:
         "went on": ds.gather_objects(tried.state()),
         "without": ds.gather_objects(plain.state()),
     }
+
+
+def _compiled_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
 
 
 def main() -> None:

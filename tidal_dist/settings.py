@@ -78,6 +78,9 @@ class TrainingConfig(Section):
     activation_checkpoint_every_layers: int = Field(1, ge=1, description="of every k layers one is computed again")
     activation_checkpoints_on_cpu: bool = Field(False, description="what is kept lies in host memory")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
+    compile: bool = Field(
+        False, description="PyTorch's compiler makes few kernels of each layer; a minute at each start"
+    )
     threads_per_rank: int | None = Field(
         None, ge=1, description="CPU threads; none: the cores divided by the local ranks"
     )

@@ -45,3 +45,13 @@ def test_a_discarded_step_leaves_no_trace(found: dict[str, Any], case: str) -> N
     assert result["before"] == result["after"] == result["after NaN"]
     assert result["went on"] == result["without"]
     assert result["went on"] != result["before"]
+
+
+def test_nothing_is_compiled_again(found: dict[str, Any]) -> None:
+    """After the first steps; and every method of a layer is one graph."""
+    graphs = [result["graphs"] for result in found.values()]
+    assert all(g["all"] == g["first"] and g["breaks"] == 0 for g in graphs)
+    counts = {case: g["all"] for case, g in zip(found, graphs, strict=True)}
+    assert counts["3 bf16 offload"] == 0
+    assert counts["1 bf16 compiled"] == 4  # project and finish, of the last layer and of the others
+    assert counts["3 fp32 compiled"] == 4 + 8  # a second time in all, without gradients: what is computed again later

@@ -21,7 +21,8 @@ from torch import nn
 from data_pipeline.stream import Batch
 from tidal_dist.config import Config, TrainingConfig
 from tidal_dist.errors import ConfigError, UserError
-from tidal_dist.model.transformer import Checkpoint
+from tidal_dist.model.compiled import compile_layers
+from tidal_dist.model.transformer import Checkpoint, Layer, TidalTransformer
 from tidal_dist.training.collectives import is_lost_contact, record_collectives, watch_collectives
 from tidal_dist.training.heartbeat import HEARTBEATS
 from tidal_dist.training.interrupts import LostRanks
@@ -129,7 +130,7 @@ def activation_checkpoint(config: TrainingConfig) -> Checkpoint | None:
     return deepspeed.checkpointing.checkpoint if config.activation_checkpointing else None
 
 
-def build_engine(config: Config, world: int, build_model: Callable[[], nn.Module]) -> Any:
+def build_engine(config: Config, world: int, build_model: Callable[[], TidalTransformer]) -> Any:
     """A DeepSpeed engine around the model, with AdamW; under ZeRO-3 the weights are partitioned as they are made.
 
     Raises:
@@ -145,6 +146,10 @@ def build_engine(config: Config, world: int, build_model: Callable[[], nn.Module
         partitioned = deepspeed.zero.Init(config_dict_or_path=settings, enabled=config.training.zero_stage == 3)
     with partitioned:
         model = build_model()
+    if config.training.compile:
+        # Under ZeRO-3 a layer's weights then come and go together, outside of what is compiled.
+        deepspeed.utils.set_z3_leaf_modules(model, [Layer])
+        compile_layers(model, in_training_only=True)
     groups = _parameter_groups(model, config.training.weight_decay)
     # An optimizer of DeepSpeed's own: fused on GPUs, on the CPU where its state is offloaded.
     ours = [] if "optimizer" in settings else [_adamw(groups, config.training)]

@@ -88,6 +88,9 @@ def _decided(config: Config, world: int, precision: Precision) -> Iterator[Decid
     yield Decided("bfloat16.enabled", field, precision == "bf16", is_set=False)
     yield Decided("torch_autocast.enabled", field, False, is_set=False)
     yield Decided("zero_optimization.stage", "training.zero_stage", training.zero_stage)
+    if training.compile:
+        # DeepSpeed's own linear function looks at the state of its weights, which a compiled layer cannot.
+        yield Decided("zero_optimization.memory_efficient_linear", "training.compile=True", False)
     yield Decided(
         "activation_checkpointing.cpu_checkpointing",
         "training.activation_checkpoints_on_cpu",
