@@ -403,10 +403,14 @@ def padding_in_the_loss(scene: Scene) -> None:
 def no_gradient_from_chars_to_tokens(scene: Scene) -> None:
     """Chars read tokens' keys and values, but nothing flows back: layers below learn from elsewhere."""
 
-    def attend(original: Any, q: torch.Tensor, token_kv: Any, *arguments: Any) -> torch.Tensor:
-        return original(q, tuple(x.detach() for x in token_kv), *arguments)
+    def attend(original: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: Any) -> torch.Tensor:
+        n = prepared.n_tokens
+        cut = [torch.cat([x[:, :, :n].detach(), x[:, :, n:]], dim=2) for x in (k, v)]
+        n_tokens_asking = q.shape[2] - (k.shape[2] - n)
+        whole, of_chars = original(q, k, v, prepared), original(q, *cut, prepared)
+        return torch.cat([whole[:, :, :n_tokens_asking], of_chars[:, :, n_tokens_asking:]], dim=2)
 
-    scene.around(transformer, "attend_chars", attend)
+    scene.around(transformer, "attend", attend)
 
 
 def loss_in_half_precision(scene: Scene) -> None:

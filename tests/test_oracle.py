@@ -13,6 +13,7 @@ from tests.builders import document_of, packed, planned, small_model, small_toke
 from tidal_dist.config import ModelConfig
 from tidal_dist.doctor import oracle
 from tidal_dist.doctor.oracle import Sample
+from tidal_dist.model import split
 from tidal_dist.model.transformer import TidalTransformer
 
 TOKENIZER = small_tokenizer()
@@ -24,6 +25,14 @@ DOCUMENTS = [
 ]
 CHUNKED = (24, 50)  # more than two of the longest runs of 9 chars: chunks
 DENSE = (12, 18)  # not more than two; cuts the longer documents in pieces
+ASKING = 20  # queries of a call of `split`, so that CHUNKED takes several and DENSE one
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "CHUNK", ASKING)
+
+
 SHAPES = {"chunked": CHUNKED, "dense": DENSE}
 ROWS = {name: planned(DOCUMENTS, TOKENIZER, shape) for name, shape in SHAPES.items()}
 COMBINATIONS = list(

@@ -17,7 +17,7 @@ from tests.test_config import MINIMAL
 from tests.test_flops import SHAPES, slots
 from tidal_dist.config import Config, ModelConfig, load_config, parse_config
 from tidal_dist.gpus import GPUS
-from tidal_dist.model import attention
+from tidal_dist.model import split
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.plan import Plan, plan
 from tidal_dist.planning.activations import PassShape, biases_memory, layer_memory, logits_memory
@@ -84,20 +84,21 @@ def kept_by_autograd(action: Callable[[], Any], besides: list[torch.Tensor]) -> 
 def test_layers_keep_what_the_plan_says(
     shape: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As on a GPU: every group of chars attends to all tokens of the row.
-    monkeypatch.setattr(attention, "_seen", lambda visible: slice(0, visible.shape[2]))
+    # As on a GPU: all attend to all tokens of the row.
+    monkeypatch.setattr(split, "asks_rows", lambda device: False)
     model_config = ModelConfig(**shape)
     model = TidalTransformer(model_config, 300, 7).to(dtype)
     tokens, chars = slots("token", 3, 120, "cpu"), slots("char", 3, 200, "cpu")
     pass_shape = PassShape(model_config, 3, 120, 200, 8, 200, dtype.itemsize, fused_norms=False)
-    biases, angles = model.prepare(tokens, chars, dtype, None)
-    held = [*model.parameters(), biases.token, *(g.bias for g in biases.groups), *(angles or ())]
+    prepared, angles = model.prepare(tokens, chars, dtype, None)
+    parts = [*prepared.token_parts, *prepared.char_parts]
+    held = [*model.parameters(), *(part.bias for part in parts), *(angles or ())]
     for i, layer in enumerate(model.layers):
         has_chars = i >= model_config.n_layers - model_config.char_depth
         n = 320 if has_chars else 120
         x = torch.randn(3, n, model_config.width, dtype=dtype, requires_grad=True)
         predicted = layer_memory(pass_shape, i)
-        measured = kept_by_autograd(lambda x=x, layer=layer: layer(x, 120, biases, angles, None), held)
+        measured = kept_by_autograd(lambda x=x, layer=layer: layer(x, 120, prepared, angles, None), held)
         assert predicted.kept == pytest.approx(measured, rel=0.03), i
     assert biases_memory(pass_shape) == sum(t.untyped_storage().nbytes() for t in held[len(list(model.parameters())) :])
 

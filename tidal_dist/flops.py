@@ -7,8 +7,10 @@ are left out. All slots of a row count, padding too. Three figures, from what is
 - model FLOPs (`forward`, `training`), for utilisation: a query attends to all T token slots of its row, which is PaLM's
   convention and counts pairs that the mask hides; a char also to the W slots of the longest block. No recomputation.
 - of those, `visible_forward`: only pairs that the mask can let through where one document fills the row.
-- hardware FLOPs (`hardware`): as the kernels compute, with the pairs that groups of chars make in vain, and with
-  layers computed again by activation checkpointing. What a fused attention kernel recomputes inside is not counted.
+- hardware FLOPs (`hardware`): the most that kernels compute, where they do not ask which tokens a row's queries see
+  (`split` on a GPU), with the pairs that groups of chars make in vain, and with layers computed again by activation
+  checkpointing. Kernels that leave out what nobody sees compute less: FlexAttention, and `split` on a CPU. What an
+  attention kernel recomputes inside is not counted: its backward pass makes the scores again, half of its forward pass.
 
 T token slots, C char slots, N = T + C, W char slots of the longest block.
 """
@@ -18,10 +20,10 @@ from dataclasses import dataclass, fields
 
 from data_pipeline.segmentation import SegmentationConfig
 from data_pipeline.tokenizer import OUTPUT_VOCABULARY
+from tidal_dist.model.groups import char_groups
 from tidal_dist.settings import ModelConfig, TrainingConfig
 
 _BACKWARD = 2  # times the forward pass: one product for the inputs' gradient, one for the weights'
-_RUNS_PER_GROUP = 4  # as in tidal_dist/model/attention.py, which a test compares with this
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,3 @@ def _layer(model: ModelConfig, index: int, row_tokens: int, row_chars: int, long
         char_attention=pair * own,
         char_attention_in_vain=pair * (grouped - own),
     )
-
-
-def char_groups(chars: int, longest_run: int) -> list[tuple[int, int]]:
-    """For each group of chars that attend together: how many ask, and to how many chars they attend.
-
-    A group attends to its own slots and to the longest run before it.
-    """
-    size = longest_run * _RUNS_PER_GROUP
-    bounds = [(start, min(start + size, chars)) for start in range(0, chars, size)]
-    return [(stop - start, stop - max(start - longest_run, 0)) for start, stop in bounds]

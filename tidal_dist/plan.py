@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tidal_dist.config import Config
-from tidal_dist.flops import RowFlops, char_groups, recomputed_layers, row_flops
+from tidal_dist.flops import RowFlops, recomputed_layers, row_flops
 from tidal_dist.planning.activations import PassMemory, PassShape, pass_memory
 from tidal_dist.planning.cluster import Assumptions, Cluster, Precision, Rows, precision_of, rows_of
 from tidal_dist.planning.communication import Collective, collectives
@@ -140,7 +140,10 @@ def pass_shape(config: Config, rows: int, content: RowContent, element: int, fus
     data = config.data
     longest_run = config.segmentation.max_block_bytes + 1
     labels = round(content.labels)
-    return PassShape(config.model, rows, data.row_tokens, data.row_chars, longest_run, labels, element, fused_norms)
+    sizes = data.row_tokens, data.row_chars, longest_run, labels, element
+    kernel = config.training.attention
+    kernel = ("flex" if fused_norms else "split") if kernel == "auto" else kernel
+    return PassShape(config.model, rows, *sizes, fused_norms, kernel)
 
 
 def _compute_seconds(
@@ -155,9 +158,7 @@ def _compute_seconds(
 
 def _host_seconds(config: Config, rows: Rows, assumed: Assumptions) -> float:
     """Time in which the host starts all kernels of a step."""
-    model, longest_run = config.model, config.segmentation.max_block_bytes + 1
-    groups = model.char_depth * len(char_groups(config.data.row_chars, longest_run))
-    return rows.passes * (model.n_layers * assumed.layer_seconds + groups * assumed.group_seconds)
+    return rows.passes * config.model.n_layers * assumed.layer_seconds
 
 
 def _optimizer_seconds(counted: Parameters, zero: Zero, cluster: Cluster, assumed: Assumptions) -> float:

@@ -81,6 +81,9 @@ class TrainingConfig(Section):
     compile: bool = Field(
         False, description="PyTorch's compiler makes few kernels of each layer; a minute at each start"
     )
+    attention: Literal["auto", "flex", "split", "dense"] = Field(
+        "auto", description="kernel; auto: flex on a GPU, else split; dense: all pairs, to compare with"
+    )
     threads_per_rank: int | None = Field(
         None, ge=1, description="CPU threads; none: the cores divided by the local ranks"
     )

@@ -12,7 +12,7 @@ from tidal_dist.doctor import oracle
 from tidal_dist.doctor.compare import Difference, counted, largest, logit_gap
 from tidal_dist.doctor.evidence import Case, Evidence
 from tidal_dist.doctor.report import Finding
-from tidal_dist.model.attention import Biases
+from tidal_dist.model.attention import Prepared
 
 _MAX_MASK_TOKENS = 512  # the table on paper is written pair by pair
 _CHANGED_SLOTS = 6  # seen slots that are changed one at a time, in each stretch
@@ -95,29 +95,20 @@ def _prepared(evidence: Evidence) -> Iterator[tuple[Case, oracle.Sample, torch.T
         if t > _MAX_MASK_TOKENS:
             continue
         batch = evidence.batch(case.laid_out)
-        biases, _ = evidence.subject.exact.prepare(batch.tokens, batch.chars, torch.float64, None)
-        assert isinstance(biases, Biases)
-        yield case, sample, _table(biases, case, t)
+        prepared, _ = evidence.subject.exact.prepare(batch.tokens, batch.chars, torch.float64, None)
+        assert not isinstance(prepared, torch.Tensor)
+        yield case, sample, _table(prepared, case, t)
 
 
-def _table(biases: Biases, case: Case, t: int) -> torch.Tensor:
+def _table(prepared: Prepared, case: Case, t: int) -> torch.Tensor:
     """Biases of the first t tokens and of the chars of the stretch's last block, (H or 1, n, N).
 
     Keys: those slots, in their order, then all others of the document. -inf where the model computes no score.
     """
     n_tokens, chars = len(case.laid_out[0].ids), case.laid_out[1]
-    own = np.flatnonzero(chars.block == case.end - 1).tolist()
-    table = torch.full((biases.token.shape[1], t + len(own), n_tokens + len(chars.ids)), -torch.inf).double()
-    table[:, :t, :n_tokens] = biases.token[0, :, :t].cpu()
-    for group in biases.groups:
-        asking = [i for i in own if group.chars.start <= i < group.chars.stop]
-        rows = [t + own.index(i) for i in asking]
-        found = group.bias[0, :, [i - group.chars.start for i in asking]].cpu()
-        n_seen = group.token_keys.stop - group.token_keys.start
-        keys = slice(n_tokens + group.char_keys.start, n_tokens + group.char_keys.stop)
-        table[:, rows, group.token_keys] = found[:, :, :n_seen]
-        table[:, rows, keys] = found[:, :, n_seen:]
-    first = [*range(t), *(n_tokens + i for i in own)]
+    own = np.flatnonzero(chars.block == case.end - 1)
+    first = [*range(t), *(n_tokens + own).tolist()]
+    table = prepared.table(slice(None))[0, :, first]
     return table[:, :, [*first, *sorted(set(range(table.shape[2])) - set(first))]]
 
 

@@ -5,14 +5,14 @@ B rows, T token slots, C char slots, N = T + C, H heads, D head width, V chars a
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from data_pipeline.layout import IGNORED, Slots
-from tidal_dist.model.attention import Biases, attend_chars, attend_tokens
+from tidal_dist.model.attention import Prepared
 from tidal_dist.model.transformer import Layer, TidalTransformer
 
 _ALTERNATIVES = 3  # likeliest ids kept for every char
@@ -25,19 +25,23 @@ class LayerMap:
     Attributes:
         layer: index of the layer.
         queries: (1, H, Q, D), of all slots; in the last layer of the chars alone. keys: (1, H, T or N, D).
-        n_tokens: T. biases: of the pass.
+        prepared: what attention knew of the row.
     """
 
     layer: int
     queries: torch.Tensor
     keys: torch.Tensor
-    n_tokens: int
-    biases: Biases
+    prepared: Prepared
 
     @property
     def n_heads(self) -> int:
         """Number of heads."""
         return self.keys.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return self.prepared.n_tokens
 
     @property
     def has_chars(self) -> bool:
@@ -51,42 +55,33 @@ class LayerMap:
 
     def of_tokens(self, head: int, keys: torch.Tensor | None = None) -> torch.Tensor:
         """Weights of tokens on tokens, (T, T) on the CPU, or (T, K) on K `keys` alone; where tokens attend."""
-        q, k = self._of_head(head)
-        q, k = q[:, :, : self.n_tokens], k[:, :, : self.n_tokens]
-        return attend_tokens(q, k, _columns(k, keys), _head_of(self.biases.token, head).to(q.dtype))[0, 0].cpu()
+        n = self.n_tokens
+        weights = self._weights(head, slice(0, n))[:, :n]
+        return weights if keys is None else weights[:, keys.cpu()]
 
     def of_chars(self, head: int, keys: torch.Tensor | None = None, first: int | None = None) -> torch.Tensor:
         """Weights of the chars, or of the `first` ones, on all N slots, or on K `keys` alone; where chars pass.
 
         (C or first, N or K) on the CPU. Of a long row all weights are many times what the pass itself needs.
         """
-        q, k = self._of_head(head)
-        n, n_chars = self.n_tokens, k.shape[2] - self.n_tokens
-        first = n_chars if first is None else first
-        values = _columns(k, keys)
-        token_kv, char_kv = (k[:, :, :n], values[:, :, :n]), (k[:, :, n:], values[:, :, n:])
-        groups = [
-            replace(group, bias=_head_of(group.bias, head).to(q.dtype))
-            for group in self.biases.groups
-            if group.chars.start < first
-        ]
-        return attend_chars(q[:, :, -n_chars:], token_kv, char_kv, groups)[0, 0, :first].cpu()
+        n, n_slots = self.n_tokens, self.keys.shape[2]
+        weights = self._weights(head, slice(n, n_slots if first is None else n + first))
+        return weights if keys is None else weights[:, keys.cpu()]
 
-    def _of_head(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys of one head in at least float32: numpy and a person's eye want more than bf16."""
+    def _weights(self, head: int, asking: slice) -> torch.Tensor:
+        """Weights of these of the N slots on all that pass this layer, on the CPU.
+
+        In at least float32: numpy and a person's eye want more than bf16.
+        """
+        n_slots = self.keys.shape[2]
+        first = n_slots - self.queries.shape[2]
         dtype = torch.promote_types(self.keys.dtype, torch.float32)
-        return self.queries[:, head : head + 1].to(dtype), self.keys[:, head : head + 1].to(dtype)
-
-
-def _columns(k: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
-    """Columns of the identity, (1, 1, n, K): attention over such values returns its weights on n slots' `keys`."""
-    slots = torch.arange(k.shape[2], device=k.device)
-    wanted = slots if keys is None else keys.to(k.device)
-    return (slots[:, None] == wanted).to(k.dtype)[None, None]
-
-
-def _head_of(bias: torch.Tensor, head: int) -> torch.Tensor:
-    return bias if bias.shape[1] == 1 else bias[:, head : head + 1]
+        q = self.queries[0, head, asking.start - first : asking.stop - first].to("cpu", dtype)
+        k = self.keys[0, head].to("cpu", dtype)
+        table = self.prepared.table(asking)[0, :, :, :n_slots]
+        # Finite, so that padding, which may have no scores at all, is not NaN.
+        bias = table[head if len(table) > 1 else 0].to(dtype).clamp_min(torch.finfo(dtype).min / 2)
+        return (q @ k.mT * k.shape[1] ** -0.5 + bias).softmax(dim=-1)
 
 
 @dataclass
@@ -97,9 +92,9 @@ class _Pass:
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def as_map(self, layer: Layer) -> LayerMap:
-        n_tokens, biases, angles = self.arguments
+        _, prepared, angles = self.arguments
         keys, _ = self.outputs["key_value"].chunk(2, dim=-1)
-        return LayerMap(layer.index, *layer.queries_and_keys(self.outputs["query"], keys, angles), n_tokens, biases)
+        return LayerMap(layer.index, *layer.queries_and_keys(self.outputs["query"], keys, angles), prepared)
 
 
 @contextmanager

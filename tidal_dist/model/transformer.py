@@ -14,13 +14,13 @@ from data_pipeline.layout import IGNORED, NO_PLACE, Slots, place_count
 from data_pipeline.tokenizer import OUTPUT_VOCABULARY
 from tidal_dist.config import ModelConfig
 from tidal_dist.model.attention import (
-    Biases,
+    Kernel,
+    Prepared,
     Scoring,
+    attend,
     attend_cached,
-    attend_chars,
-    attend_tokens,
-    biases,
     cached_bias,
+    prepare_attention,
 )
 from tidal_dist.model.positions import rope_angles, rotate
 
@@ -108,14 +108,14 @@ class Layer(nn.Module):
         self,
         x: torch.Tensor,
         n_tokens: int,
-        biases: Biases | torch.Tensor,
+        prepared: Prepared | torch.Tensor,
         angles: KeysValues | None,
         past: Past | None,
     ) -> torch.Tensor:
         """(B, N, width) -> (B, N, width); from the last layer only the chars, since nothing reads its tokens."""
         n_asking = x.shape[1] - n_tokens if self.is_last else x.shape[1]
         q, k, v = self.project(x, n_asking, angles)
-        return self.finish(x[:, -n_asking:], self._attend(q, k, v, n_tokens, biases, past))
+        return self.finish(x[:, -n_asking:], self._attend(q, k, v, prepared, past))
 
     def project(
         self, x: torch.Tensor, n_asking: int, angles: KeysValues | None
@@ -139,26 +139,13 @@ class Layer(nn.Module):
         return rotate(q, (cos[:, :, first:n], sin[:, :, first:n])), rotate(k, (cos[:, :, :n], sin[:, :, :n]))
 
     def _attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        n_tokens: int,
-        biases: Biases | torch.Tensor,
-        past: Past | None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: Prepared | torch.Tensor, past: Past | None
     ) -> torch.Tensor:
-        if past is not None:
-            assert isinstance(biases, torch.Tensor)
-            return attend_cached(q, past.extend(self.index, k, v), biases, k.shape[2] - q.shape[2])
-        assert isinstance(biases, Biases)
-        token_kv: KeysValues = (k[:, :, :n_tokens], v[:, :, :n_tokens])
-        outputs = []
-        if not self.is_last:
-            outputs.append(attend_tokens(q[:, :, :n_tokens], *token_kv, biases.token))
-        if k.shape[2] > n_tokens:
-            q_c = q if self.is_last else q[:, :, n_tokens:]
-            outputs.append(attend_chars(q_c, token_kv, (k[:, :, n_tokens:], v[:, :, n_tokens:]), biases.groups))
-        return torch.cat(outputs, dim=2)
+        if past is None:
+            assert not isinstance(prepared, torch.Tensor)
+            return attend(q, k, v, prepared)
+        assert isinstance(prepared, torch.Tensor)
+        return attend_cached(q, past.extend(self.index, k, v), prepared, k.shape[2] - q.shape[2])
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, N, width) -> (B, H, N, D)."""
@@ -178,9 +165,11 @@ class TidalTransformer(nn.Module):
         max_block_bytes: int,
         checkpoint: Checkpoint | None = None,
         checkpoint_every_layers: int = 1,
+        attention: Kernel = "auto",
     ):
         super().__init__()
         self.config = config
+        self.attention = attention
         self.longest_run = max_block_bytes + 1
         self.checkpoint = checkpoint
         self.checkpoint_every_layers = checkpoint_every_layers
@@ -234,14 +223,14 @@ class TidalTransformer(nn.Module):
 
     def prepare(
         self, tokens: Slots, chars: Slots, dtype: torch.dtype, past: Past | None
-    ) -> tuple[Biases | torch.Tensor, KeysValues | None]:
-        """Biases (of a decoding pass as `cached_bias` makes them) and rotary angles, once for all layers."""
+    ) -> tuple[Prepared | torch.Tensor, KeysValues | None]:
+        """What attention needs (of a decoding pass `cached_bias`) and rotary angles, once for all layers."""
         config = self.config
         alibi_heads = config.n_heads if config.encoding == "alibi" else None
-        scoring = Scoring(config.token_attention, alibi_heads, dtype)
-        prepared: Biases | torch.Tensor
+        scoring = Scoring(config.token_attention, alibi_heads, dtype, config.width // config.n_heads)
+        prepared: Prepared | torch.Tensor
         if past is None:
-            prepared = biases(tokens, chars, self.longest_run, scoring)
+            prepared = prepare_attention(tokens, chars, self.longest_run, scoring, self.attention)
         else:
             prepared = cached_bias(tokens, chars, *past.extend_slots(tokens, chars), scoring)
         if config.encoding != "rope":

@@ -8,9 +8,12 @@ from dataclasses import dataclass, fields
 
 from data_pipeline.tokenizer import OUTPUT_VOCABULARY
 from tidal_dist.config import ModelConfig
-from tidal_dist.flops import char_groups
+from tidal_dist.model.groups import char_groups
 
 _FP32 = 4
+_FLEX_BLOCK = 128  # slots, as in tidal_dist/model/flex.py
+_INDEX = 4  # bytes of an int32
+_SLOT_ARRAYS = 7  # of int64: see layout.Slots
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class PassShape:
         rows: of the pass. row_tokens, row_chars: slots of a row. longest_run: char slots of the longest block.
         labels: supervised chars of a row. element: bytes of an element.
         fused_norms: a norm keeps its input alone, as on a GPU; else its product too, in float32.
+        kernel: of attention: flex, split or dense.
     """
 
     model: ModelConfig
@@ -31,6 +35,7 @@ class PassShape:
     labels: int
     element: int
     fused_norms: bool
+    kernel: str = "split"
 
 
 @dataclass(frozen=True)
@@ -38,21 +43,20 @@ class LayerMemory:
     """What a layer keeps from its forward to its backward pass.
 
     Attributes:
-        inputs: its input, which activation checkpointing keeps. attention: of the attention part, the char groups'
-            copies of keys and values apart. key_copies: those. mlp: of the feed-forward part.
+        inputs: its input, which activation checkpointing keeps. attention: of the attention part. mlp: of the
+            feed-forward part.
         working: what the backward pass needs at its largest beyond all of it.
     """
 
     inputs: int
     attention: int
-    key_copies: int
     mlp: int
     working: int
 
     @property
     def kept(self) -> int:
         """Without activation checkpointing."""
-        return self.inputs + self.attention + self.key_copies + self.mlp
+        return self.inputs + self.attention + self.mlp
 
 
 @dataclass(frozen=True)
@@ -91,19 +95,16 @@ def layer_memory(shape: PassShape, index: int) -> LayerMemory:
     norms = 0 if shape.fused_norms else rows * model.width * (asking + slots) * composite
     log_sums = rows * model.n_heads * asking * _FP32
     dropped = 2 * rows * asking * model.width if model.dropout else 0
-    keys = sum(shape.row_tokens + asked for _, asked in char_groups(chars, shape.longest_run))
-    # Tokens that ask keep the keys, if rotated, and the buffer of keys and values; chars have copies. Where only the
-    # chars of several rows ask, their states lie apart, and are copied for the queries.
+    # The keys, if rotated, and the buffer of keys and values. Where only the chars of several rows ask, their states
+    # lie apart, and are copied for the queries.
     is_last = index == model.n_layers - 1
-    shared = asking_state * (rows > 1) if is_last else slots_state * (3 if model.encoding == "rope" else 2)
-    # Normed input, queries, outputs, and what `out` takes.
-    attention = slots_state + 3 * asking_state + shared + log_sums + norms + dropped
+    shared = slots_state * (3 if model.encoding == "rope" else 2) + asking_state * (rows > 1 and is_last)
+    # Normed input, queries and outputs, which `out` takes as split leaves them; other kernels' are put together for it.
+    attention = slots_state + (2 if shape.kernel == "split" else 3) * asking_state + shared + log_sums + norms + dropped
     mlp = 2 * asking_state + (4 if model.mlp == "swiglu" else 2) * hidden
     # Either the gradients inside the feed-forward part, or, when what that kept is free again, those of attention.
     working = max((2 if model.mlp == "swiglu" else 1) * hidden + 2 * asking_state, 8 * slots_state - mlp)
-    return LayerMemory(
-        inputs=slots_state, attention=attention, key_copies=2 * rows * keys * model.width * e, mlp=mlp, working=working
-    )
+    return LayerMemory(inputs=slots_state, attention=attention, mlp=mlp, working=working)
 
 
 def pass_memory(shape: PassShape, recomputed: frozenset[int], inputs_on_host: bool) -> PassMemory:
@@ -124,14 +125,30 @@ def pass_memory(shape: PassShape, recomputed: frozenset[int], inputs_on_host: bo
 
 
 def biases_memory(shape: PassShape) -> int:
-    """Biases of tokens on tokens and of each group of chars, rotary angles."""
+    """What attention knows of the rows, and rotary angles: biases of all pairs that are computed, or flex's blocks."""
     model = shape.model
-    heads = model.n_heads if model.encoding == "alibi" else 1
-    groups = char_groups(shape.row_chars, shape.longest_run)
-    pairs = shape.row_tokens**2 + sum(asking * (shape.row_tokens + asked) for asking, asked in groups)
     has_angles = model.encoding == "rope"
     angles = (shape.row_tokens + shape.row_chars) * (model.width // model.n_heads) if has_angles else 0
-    return shape.rows * (pairs * heads + angles) * shape.element
+    if shape.kernel == "flex":
+        return shape.rows * (angles * shape.element + _flex_memory(shape))
+    heads = model.n_heads if model.encoding == "alibi" else 1
+    return shape.rows * (_pairs(shape) * heads + angles) * shape.element
+
+
+def _pairs(shape: PassShape) -> int:
+    """Pairs of a row that have a bias."""
+    on_tokens = (shape.row_tokens + shape.row_chars) * shape.row_tokens
+    if shape.kernel == "dense":
+        return on_tokens + shape.row_chars**2
+    return on_tokens + sum(asking * asked for asking, asked in char_groups(shape.row_chars, shape.longest_run))
+
+
+def _flex_memory(shape: PassShape) -> int:
+    """Of a row: the numbers of blocks, seen in part or whole, by queries and by keys; the slots that it asks about."""
+    tokens, chars = (-(-n // _FLEX_BLOCK) for n in (shape.row_tokens, shape.row_chars))
+    slots = -(-(shape.row_tokens + shape.row_chars) // _FLEX_BLOCK)
+    of_blocks = 4 * _INDEX * (tokens * tokens + chars * slots)
+    return of_blocks + _SLOT_ARRAYS * 2 * _INDEX * (shape.row_tokens + shape.row_chars)
 
 
 def embeddings_memory(shape: PassShape) -> int:

@@ -37,8 +37,8 @@ class Assumptions:
         network_gb_per_second: of one node to the others, in one direction, for each of its GPUs.
         host_gb_per_second: between a GPU and its host's memory.
         collective_seconds: of latency in a collective, for each doubling of the ranks.
-        layer_seconds, group_seconds: that the host needs to start a layer's kernels forward and backward, and those
-            of each group of chars; a GPU that is done sooner waits.
+        layer_seconds: that the host needs to start a layer's kernels forward and backward; a GPU that is done sooner
+            waits.
         context_gb: CUDA context, libraries and NCCL's buffers on each GPU.
         fragmentation: of activations and buffers that the allocator holds beyond what is asked for.
     """
@@ -52,7 +52,6 @@ class Assumptions:
     host_gb_per_second: float = 25.0
     collective_seconds: float = 10e-6
     layer_seconds: float = 1e-3
-    group_seconds: float = 1e-4
     context_gb: float = 2.5
     fragmentation: float = 0.1
 
@@ -64,8 +63,8 @@ class Assumptions:
             f"network {self.network_gb_per_second:g} GB/s a GPU; collectives reach {self.link_share:.0%} of it and of "
             f"NVLink, and hide behind {self.overlap:.0%} of the computing; "
             f"{self.collective_seconds * 1e6:g} us of latency for each doubling of the ranks",
-            f"the host needs {self.layer_seconds * 1e3:g} ms to start a layer, forward and backward, and "
-            f"{self.group_seconds * 1e3:g} ms for each group of chars: small models wait for it",
+            f"the host needs {self.layer_seconds * 1e3:g} ms to start a layer, forward and backward: small models "
+            f"wait for it",
             f"GPU to host memory {self.host_gb_per_second:g} GB/s; {self.context_gb:g} GB of CUDA and NCCL on each "
             f"GPU; the allocator holds {self.fragmentation:.0%} more than activations and buffers need",
         ]

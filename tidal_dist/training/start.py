@@ -134,7 +134,7 @@ def _open_data(
 def _build_model(config: Config, tokenizer: MixedTokenizer) -> TidalTransformer:
     sizes = tokenizer.vocab_size, tokenizer.segmentation.max_block_bytes
     again = ds.activation_checkpoint(config.training), config.training.activation_checkpoint_every_layers
-    return TidalTransformer(config.model, *sizes, *again)
+    return TidalTransformer(config.model, *sizes, *again, config.training.attention)
 
 
 def _make_ready(config: Config, resume: bool, manifest: Manifest) -> None:
