@@ -85,7 +85,7 @@ def test_layers_keep_what_the_plan_says(
     shape: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on a GPU: all attend to all tokens of the row.
-    monkeypatch.setattr(split, "asks_rows", lambda device: False)
+    monkeypatch.setattr(split, "asks_rows", lambda _: False)
     model_config = ModelConfig(**shape)
     model = TidalTransformer(model_config, 300, 7).to(dtype)
     tokens, chars = slots("token", 3, 120, "cpu"), slots("char", 3, 200, "cpu")
