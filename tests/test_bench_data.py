@@ -2,12 +2,12 @@ import pytest
 
 from tests.launching import ROOT
 from tidal_dist.bench import data
+from tidal_dist.bench.text import write_corpus
 from tidal_dist.config import load_config
 
 
 @pytest.mark.slow
 def test_every_figure_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_STREAM_SECONDS", 0.2)
     monkeypatch.setattr(data, "_SHARDS", 2000)
     monkeypatch.setattr(data, "_BASELINE_BYTES", 1_000_000)
     config = load_config(
@@ -18,7 +18,7 @@ def test_every_figure_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
             "tokenizer.sample_bytes=1000000",
         ],
     )
-    result = data.bench_data(config, megabytes=3, workers=2)
+    result = data.bench_data(config, megabytes=3, workers=2, stream_seconds=0.2)
     assert 3e6 <= result["text_bytes"] < 4e6
     one, two = result["prepare"]["1"], result["prepare"]["2"]
     assert result["ratio"] == one["cpu_mb_per_second"] / result["baseline"]["cpu_mb_per_second"]
@@ -38,7 +38,7 @@ def test_every_figure_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_copies_differ_and_are_text(tmp_path) -> None:
     """Each copy has words that no other has, so that blocks never stop being new."""
     texts = ["several different identifiers together with something", "another document altogether"]
-    size = data._write_corpus(texts, tmp_path, 500)
+    size = write_corpus(texts, tmp_path, 500)
     files = sorted(tmp_path.iterdir())
     assert size >= 500
     assert len(files) >= 5

@@ -18,9 +18,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.corpus import CorpusConfig, ReadCounts, SourceConfig, read_documents
-from data_pipeline.errors import CorpusError
-from data_pipeline.files import replace_file, whole_file
+from data_pipeline.files import replace_file
 from data_pipeline.ordering import Order, rows_of_rank
 from data_pipeline.rows import RowReader, row_format_of, write_row_plan
 from data_pipeline.run_order import SPLIT
@@ -28,25 +26,28 @@ from data_pipeline.shards import DataConfig, Manifest
 from data_pipeline.stream import Loading, Share, Stream
 from data_pipeline.summary import summarize
 from data_pipeline.tokenizer import train_tokenizer
-from tidal_dist.bench.machine import describe_machine
+from tidal_dist.bench.machine import busy_warning, copy_gb_per_second, describe_machine, in_own_process, machine_line
+from tidal_dist.bench.text import copies, texts_of, write_corpus
 from tidal_dist.config import Config, parse_config
 
-_CHANGED_WORDS = 25  # of a copy: each copy has that many new words, so blocks never stop being new
 _BASELINE_BYTES = 24_000_000
 _ROW_TOKENS = 2048
 _BATCH_ROWS = 16
-_STREAM_SECONDS = 10.0
 _SHARDS, _RANKS, _FAR_ROW = 100_000, 4096, 10**9
 
 
 def bench_data(
-    config: Config, megabytes: int = 1000, workers: int = 2, progress: Callable[[str], object] = bool
+    config: Config,
+    megabytes: int = 1000,
+    workers: int = 2,
+    stream_seconds: float = 10.0,
+    progress: Callable[[str], object] = bool,
 ) -> dict[str, Any]:
     """Time preparing, reading and planning on `megabytes` MB of text; everything is written to a temporary folder.
 
     Args:
         config: its corpus, segmentation and tokeniser settings are used.
-        workers: processes of the second preparation; the first has one.
+        workers: processes of the second preparation; the first has one. stream_seconds: of reading.
 
     Returns:
         prepare: MB/s of the processes' wall and CPU time with one and with `workers` processes, peak memory of the
@@ -54,7 +55,8 @@ def bench_data(
         ratio: one process's MB of text per CPU second over the baseline's. speedup: of `workers` processes.
         stream: MB/s of one loader process, and the seconds to the first step from row 0 and from row 10^9.
         order: seconds in which 4,096 simulated ranks plan their first step from 100,000 shards.
-        rows: how full the recommended rows are. machine.
+        rows: how full the recommended rows are. limit: what a copy in memory moves; copy_share: of it, the text that
+        one process reads and what it writes; stream's: what the loader hands over. machine. warning: `busy_warning`.
 
     Raises:
         CorpusError: the corpus has no text.
@@ -63,12 +65,13 @@ def bench_data(
         folder = Path(name)
         machine = describe_machine()
         progress(f"writing {megabytes} MB of text to {folder}")
-        texts = [d.prompt + d.text for d in read_documents(config.corpus, ReadCounts())]
-        size = _write_corpus(texts, folder / "corpus", megabytes * 10**6)
+        texts = texts_of(config.corpus)
+        size = write_corpus(texts, folder / "corpus", megabytes * 10**6)
         tokenizer = train_tokenizer(iter(texts), config.tokenizer, config.segmentation)
         tokenizer.save(folder / "tokenizer.json")
         progress("encode_batch, one thread")
-        baseline = _encode_batch(folder / "tokenizer.json", texts, config.tokenizer.single_digits)
+        sample = list(_some(texts, min(_BASELINE_BYTES, size // 4)))
+        baseline = _encode_batch(folder / "tokenizer.json", sample, config.tokenizer.single_digits)
         prepared = {}
         for count in sorted({1, workers}):
             progress(f"preparing with {count} processes")
@@ -80,6 +83,9 @@ def bench_data(
         write_row_plan(manifest, row_format_of(data))
         progress("reading")
         train = summary["splits"][SPLIT]
+        stream = in_own_process(_stream, data, stream_seconds)
+        copied = in_own_process(copy_gb_per_second, "cpu")
+        moved = (1 + train["bytes_per_byte_of_text"]) * prepared[1]["mb_per_second"] / 1e3
         return {
             "name": "data",
             "text_bytes": size,
@@ -89,37 +95,20 @@ def bench_data(
             "speedup": prepared[1]["seconds"] / prepared[workers]["seconds"],
             "workers": workers,
             "bytes_on_disk_per_byte_of_text": train["bytes_per_byte_of_text"],
-            "stream": _stream(manifest, data),
+            "stream": stream | {"copy_share": stream["handed_over_gb_per_second"] / copied},
             "order": _plan_first_step(),
             "rows": next(row for row in summary["rows"] if row["row_chars"] == data.row_chars),
+            "limit": {"copy_gb_per_second": copied},
+            "copy_share": moved / copied,
             "machine": machine,
+            "warning": busy_warning(machine, []),
         }
-
-
-def _write_corpus(texts: list[str], folder: Path, size: int) -> int:
-    """JSON lines of copies of the texts, one file a copy, until there are `size` bytes of text; how many there are."""
-    words = [w for w in dict.fromkeys(" ".join(texts[:200]).split()) if w.isalpha() and len(w) > 6][:_CHANGED_WORDS]
-    written, copy = 0, 0
-    while written < size:
-        with whole_file(folder / f"copy-{copy:04d}.jsonl") as file:
-            for text in texts:
-                for word in words if copy else []:
-                    text = text.replace(word, f"{word}{copy}x")
-                file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
-                written += len(text.encode())
-                if written >= size:
-                    break
-        copy += 1
-        if not written:
-            raise CorpusError("the corpus has no text; check corpus.sources")
-    return written
 
 
 def _bench_config(config: Config, folder: Path, workers: int) -> Config:
     """Preparing the copies with the tokeniser that is there."""
     content = config.model_dump()
-    source = SourceConfig(path=str(folder / "corpus"), format="jsonl", name="copies")
-    content["corpus"] = CorpusConfig(sources=[source], validation_fraction=0.001).model_dump()
+    content["corpus"] = copies(folder / "corpus").model_dump()
     content["tokenizer"] |= {"path": str(folder / "tokenizer.json")}
     content["data"] |= {"shards": str(folder / "shards"), "row_tokens": _ROW_TOKENS, "row_chars": 4 * _ROW_TOKENS}
     content["data"] |= {"mix": [], "lanes": _BATCH_ROWS}
@@ -169,10 +158,9 @@ print(json.dumps({"seconds": seconds, "mb_per_second": size / seconds / 1e6, "cp
 def _encode_batch(tokenizer: Path, texts: list[str], single_digits: bool) -> dict[str, float]:
     """The library's own pre-tokeniser (GPT-2's regex) and merges, on one thread, in batches of 64 documents."""
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-    sample = list(_some(texts, _BASELINE_BYTES))
     result = subprocess.run(
         [sys.executable, "-c", _ENCODE_BATCH, str(tokenizer), str(single_digits)],
-        input=json.dumps(sample),
+        input=json.dumps(texts),
         capture_output=True,
         text=True,
         check=True,
@@ -189,21 +177,25 @@ def _some(texts: list[str], size: int) -> Iterator[str]:
             return
 
 
-def _stream(manifest: Manifest, data: DataConfig) -> dict[str, float]:
+def _stream(data: DataConfig, least_seconds: float) -> dict[str, float]:
     """What one loader process delivers, and how long the first step takes near the start of a run and far from it."""
+    manifest = Manifest.of(data)
     reader = RowReader(manifest, SPLIT, manifest.tokenizer(), row_format_of(data), data.seed)
     order, share = Order(reader.shard_rows, data.lanes, data.seed), Share(_BATCH_ROWS, 2, 0, 1)
     torch.set_num_threads(1)  # this process only receives: its threads would take the loader's core
     stream = Stream(reader, order, share, manifest.hash, Loading(workers=1))
     next(stream)  # starts the process
-    started, text_bytes, steps = time.monotonic(), 0, 0
-    while time.monotonic() - started < _STREAM_SECONDS:
-        text_bytes += sum(batch.byte_count() for batch in next(stream).batches)
+    started, text_bytes, steps, handed_over = time.monotonic(), 0, 0, 0
+    while time.monotonic() - started < least_seconds:
+        batches = next(stream).batches
+        text_bytes += sum(batch.byte_count() for batch in batches)
+        handed_over += sum(t.nbytes for batch in batches for t in batch.tensors())
         steps += 1
     seconds = time.monotonic() - started
     far = _FAR_ROW // _BATCH_ROWS * _BATCH_ROWS
     return {
         "mb_per_second": text_bytes / seconds / 1e6,
+        "handed_over_gb_per_second": handed_over / seconds / 1e9,
         "steps": steps,
         "row_chars": data.row_chars,
         "first_step_seconds": _first_step(manifest, data, share, 0),
@@ -252,7 +244,6 @@ def format_table(result: dict[str, Any]) -> str:
         lines.append(
             f"{f'prepare, {count} processes':28}{found['mb_per_second']:8.1f}{own}{found['seconds']:9.1f}{peak}"
         )
-    machine = result["machine"]
     return "\n".join(
         [
             *lines,
@@ -265,6 +256,8 @@ def format_table(result: dict[str, Any]) -> str:
             f"{stream['first_step_seconds_at_row_10^9']:.3f} s",
             f"{order['ranks']:,} ranks plan their first step from {order['shards']:,} shards in "
             f"{order['seconds']:.2f} s; row 10^9 alone in {order['seconds_at_row_10^9']:.2f} s",
-            f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']} before; Python {machine['python']}",
+            f"a copy in memory moves {result['limit']['copy_gb_per_second']:,.0f} GB/s: preparing reads and writes "
+            f"{result['copy_share']:.2%} of that, the loader hands over {stream['copy_share']:.2%}",
+            machine_line(result["machine"]),
         ]
     )

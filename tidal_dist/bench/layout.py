@@ -9,10 +9,7 @@ checkpointing.
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -24,10 +21,21 @@ from data_pipeline.layout import Slots, lay_out, pack
 from data_pipeline.pieces import Piece, piece_of_blocks
 from data_pipeline.segmentation import SegmentationConfig, segment
 from data_pipeline.stream import Batch, batch_of_rows
-from data_pipeline.tokenizer import MixedTokenizer, train_tokenizer
-from tidal_dist.bench.machine import describe_machine
+from tidal_dist.bench.machine import (
+    Limits,
+    best_limits,
+    busy_warning,
+    describe_machine,
+    forget_peak,
+    in_own_process,
+    machine_line,
+    peak_bytes,
+    spread,
+)
+from tidal_dist.bench.text import tokenizer_of
 from tidal_dist.config import Config, ModelConfig
 from tidal_dist.errors import CorpusError
+from tidal_dist.flops import row_flops
 from tidal_dist.model.transformer import TidalTransformer
 
 Way = Literal["one pass", "per-prefix samples"]
@@ -53,19 +61,22 @@ def bench_layout(config: Config, blocks: int = 1024, repeats: int = 3, seed: int
 
     Returns:
         ratio: the baseline's median seconds over ours. ours, baseline: see `_measure`. blocks, tokens, chars: size of
-        the document, chars without marks. parameters. machine. config: the model's. name.
+        the document, chars without marks. parameters. limit: see `Limits`; utilisation: share of its FLOPs that one
+        pass reaches. machine. warning: see `busy_warning`. config: the model's. name.
 
     Raises:
         CorpusError: the corpus has fewer blocks.
         RuntimeError: the two ways do not compute the same loss or gradients, so that comparing them means nothing.
     """
-    tokenizer = _tokenizer(config)
+    tokenizer = tokenizer_of(config)
     piece = piece_of_blocks(_first_blocks(config.corpus, config.segmentation, blocks), tokenizer)
     task = _Task("one pass", config.model, config.segmentation.max_block_bytes, tokenizer.byte_lengths, piece, seed)
     machine = describe_machine()
-    ours = _in_own_process(task, repeats)
-    baseline = _in_own_process(replace(task, way="per-prefix samples"), repeats)
+    ours = in_own_process(_measure, task, repeats)
+    baseline = in_own_process(_measure, replace(task, way="per-prefix samples"), repeats)
     _check_agreement(ours, baseline)
+    limit = best_limits([ours.pop("limit"), baseline.pop("limit")])
+    flops = row_flops(config.model, ours["row_tokens"], ours["row_chars"], task.max_block_bytes).training
     return {
         "name": "layout",
         "ratio": baseline["seconds"] / ours["seconds"],
@@ -75,14 +86,16 @@ def bench_layout(config: Config, blocks: int = 1024, repeats: int = 3, seed: int
         "tokens": len(piece.tokens),
         "chars": len(piece.chars),
         "parameters": sum(p.numel() for p in task.model().parameters()),
+        "limit": limit,
+        "utilisation": flops / ours["seconds"] / 1e12 / limit["tflops"],
         "machine": machine,
+        "warning": busy_warning(machine, [spread(way["seconds_all"]) for way in (ours, baseline)]),
         "config": config.model.model_dump(),
     }
 
 
 def format_table(result: dict[str, Any]) -> str:
     """What `bench_layout` returned, as a few lines to read."""
-    machine = result["machine"]
     lines = [
         f"{result['blocks']:,} blocks ({result['tokens']:,} tokens, {result['chars']:,} bytes), "
         f"{result['parameters']:,} parameters",
@@ -94,18 +107,10 @@ def format_table(result: dict[str, Any]) -> str:
             f"{way['peak_bytes'] / 2**20:10.0f}{way['batches']:9}{way['slots']:11,}{way['loss']:13.2f}"
         )
     lines.append(f"one pass is {result['ratio']:.1f} times faster")
-    lines.append(
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, load {machine['load']} before; "
-        f"torch {machine['torch']}, Python {machine['python']}"
-    )
+    peak = result["limit"]["tflops"] * 1e3
+    lines.append(f"it reaches {result['utilisation']:.0%} of the {peak:,.0f} GFLOP/s of a large matrix product")
+    lines.append(machine_line(result["machine"]))
     return "\n".join(lines)
-
-
-def _tokenizer(config: Config) -> MixedTokenizer:
-    if config.tokenizer.path:
-        return MixedTokenizer.load(config.tokenizer.path, config.segmentation)
-    texts = (d.prompt + d.text for d in read_documents(config.corpus, ReadCounts()))
-    return train_tokenizer(texts, config.tokenizer, config.segmentation)
 
 
 def _first_blocks(corpus: CorpusConfig, segmentation: SegmentationConfig, count: int) -> list[str]:
@@ -183,11 +188,6 @@ def _padded_batch(samples: list[Sample]) -> Batch:
     return batch_of_rows([pack([sample], row_tokens, row_chars) for sample in samples])
 
 
-def _in_own_process(task: _Task, repeats: int) -> dict[str, Any]:
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_measure, task, repeats).result()
-
-
 def _measure(task: _Task, repeats: int) -> dict[str, Any]:
     """Time steps of one way, in a fresh process.
 
@@ -195,12 +195,12 @@ def _measure(task: _Task, repeats: int) -> dict[str, Any]:
         name; seconds: median of seconds_all, the timed steps, `repeats` of them; cpu_seconds: median over the steps of
         the time that all threads computed, which a busy machine changes less; peak_bytes: memory of a step beyond what
         the process held before it (weights and batches); loss: sum of nats; gradient_norm; batches, slots, labels: of
-        one step, slots with padding.
+        one step, slots with padding; row_tokens, row_chars: slots of a row of the first batch; limit: see `Limits`.
     """
     model = task.model()
     batches = task.batches(task.piece)
     _step(model, task.batches(next(_prefixes(task.piece), task.piece)))
-    before, _ = _memory_bytes()
+    before = forget_peak("cpu")
     seconds: list[float] = []
     cpu_seconds: list[float] = []
     while not seconds or (len(seconds) < repeats and sum(seconds) < _ENOUGH_SECONDS):
@@ -209,7 +209,7 @@ def _measure(task: _Task, repeats: int) -> dict[str, Any]:
         loss = _step(model, batches)
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
-    _, peak = _memory_bytes()
+    peak = peak_bytes("cpu")
     gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     return {
         "name": task.way,
@@ -223,6 +223,9 @@ def _measure(task: _Task, repeats: int) -> dict[str, Any]:
         "batches": len(batches),
         "slots": sum(batch.tokens.ids.numel() + batch.chars.ids.numel() for batch in batches),
         "labels": sum(batch.label_count() for batch in batches),
+        "row_tokens": batches[0].tokens.ids.shape[1],
+        "row_chars": batches[0].chars.ids.shape[1],
+        "limit": Limits("cpu", torch.float32).run(),
     }
 
 
@@ -234,21 +237,6 @@ def _step(model: TidalTransformer, batches: list[Batch]) -> float:
         loss.backward()
         total += loss.item()
     return total
-
-
-def _memory_bytes() -> tuple[int, int]:
-    """Resident memory of this process, now and at its peak."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:  # not Linux: the peak so far stands for what is held now
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak, peak
-    # Not ru_maxrss: on Linux a spawned process inherits the peak of the process that started it.
-    fields = dict(line.split(":", 1) for line in status.splitlines())
-    now, peak = (int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
-    return now, peak
 
 
 def _check_agreement(ours: dict[str, Any], baseline: dict[str, Any]) -> None:
