@@ -137,7 +137,7 @@ class _AdamW:
     """Fused AdamW; over float32 copies where the weights have fewer bits."""
 
     def __init__(self, model: nn.Module):
-        self._weights = list(model.parameters())
+        self._weights: list[torch.Tensor] = list(model.parameters())
         self._is_mixed = self._weights[0].dtype != torch.float32
         self._moved = [p.detach().float() for p in self._weights] if self._is_mixed else self._weights
         self._inner = torch.optim.AdamW(self._moved, lr=1e-5, fused=True)

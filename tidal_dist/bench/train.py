@@ -79,7 +79,9 @@ def bench_train(
         shape = (data.row_tokens, data.row_chars)
         lengths, longest = tokenizer.byte_lengths, config.segmentation.max_block_bytes
         whole = replace(TwoStreams(config.model, pieces[:rows], shape, lengths, longest), config=_deep(config))
-        ways = {_name_of(m): replace(whole, config=_deep(config, m)) for m in _depths(config)}
+        ways: dict[str, TwoStreams | Plain] = {
+            _name_of(m): replace(whole, config=_deep(config, m)) for m in _depths(config)
+        }
         ways |= _plain_ways(whole, pieces)
         made: dict[str, Made] = {name: (Training, way, conditions) for name, way in ways.items()}
         made["limits"] = (Limits, conditions.device, dtype_named(conditions.dtype))
