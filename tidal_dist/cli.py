@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.errors import UserError
-from tidal_dist.commands import cluster, data, generating, model, run
-from tidal_dist.commands.output import check_range, log, print_report
+from tidal_dist.commands import bench, cluster, data, generating, model, run
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -100,44 +99,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_report(add("report", run.report, "Write a page about a run: curves, data, restarts, what it writes."))
     run.add_plan(add("plan", run.plan, "Reckon what a run needs and costs on a cluster, before renting one."))
 
-    bench = add("bench", _bench, "Measure against a named baseline in the same run.")
-    bench.add_argument(
-        "what",
-        choices=["layout", "data", "generate"],
-        help="layout: one pass over a document against one sample per block; data: preparing against encode_batch, "
-        "reading, planning; generate: decoding against no cache, one by one, and memory bandwidth",
-    )
-    bench.add_argument(
-        "--config", default="configs/stdlib.yaml", help="YAML file with the model (default: %(default)s)"
-    )
-    bench.add_argument("--blocks", type=int, help="layout: of the document (1024); generate: to write (500)")
-    bench.add_argument("--megabytes", type=int, default=1000, help="data: MB of text (default: %(default)s)")
-    bench.add_argument("--device", default="auto", help="generate: cpu, cuda, ...; auto: a GPU if there is one")
-    bench.add_argument("--dtype", choices=["fp32", "bf16"], help="generate: default bf16 on a GPU, fp32 elsewhere")
-    bench.add_argument("--compile", action="store_true", help="generate: compile the layers first")
-    bench.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configuration")
+    bench.add_bench(add("bench", bench.bench, "Measure against a named baseline in the same run."))
     return root
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    from tidal_dist.config import load_config
-
-    if arguments.blocks is not None:
-        check_range("--blocks", arguments.blocks, 2, float("inf"))
-    check_range("--megabytes", arguments.megabytes, 1, float("inf"))
-    config = load_config(arguments.config, arguments.overrides)
-    if arguments.what == "generate":
-        return model.bench_generate(arguments, config)
-    if arguments.what == "data":
-        from tidal_dist.bench.data import bench_data
-        from tidal_dist.bench.data import format_table as data_table
-
-        result = bench_data(config, arguments.megabytes, progress=log)
-        return print_report(arguments, result, data_table(result))
-    from tidal_dist.bench.layout import bench_layout, format_table
-
-    result = bench_layout(config, arguments.blocks or 1024)
-    return print_report(arguments, result, format_table(result))
 
 
 if __name__ == "__main__":

@@ -250,7 +250,8 @@ def _growth(found: list[dict[str, Any]]) -> float | None:
 def format_table(result: dict[str, Any]) -> str:
     """What `bench_attention` returned, as a few lines to read."""
     lines = [
-        f"attention, forward and backward, in seconds; {result['heads']} heads of {result['head_width']}, {result['dtype']}",
+        f"attention forward and backward in seconds, {result['heads']} heads of {result['head_width']}, "
+        f"{result['dtype']}",
         f"{'T':>7}{'C':>8}{'documents':>11}{'visible':>9}{'two streams':>13}{'dense':>9}{'causal':>9}{'faster':>8}"
         f"{'GFLOP/s':>9}{'of causal':>11}{'of peak':>9}{'MiB':>7}{'dense MiB':>11}",
     ]

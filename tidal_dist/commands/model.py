@@ -5,13 +5,9 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_pipeline.errors import UserError
 from tidal_dist.commands.output import check_range, log, print_report
-
-if TYPE_CHECKING:
-    from tidal_dist.config import Config
 
 
 def add_export(sub: argparse.ArgumentParser) -> None:
@@ -164,23 +160,3 @@ def doctor(arguments: argparse.Namespace) -> int:
         log(f"wrote {arguments.html}")
     print_report(arguments, report.as_object(), report.as_text())
     return 0 if report.holds else 1
-
-
-def bench_generate(arguments: argparse.Namespace, config: "Config") -> int:
-    """`tidal bench generate`."""
-    import torch
-
-    from tidal_dist.bench.generate import bench_generate, format_table
-    from tidal_dist.devices import available_device
-
-    device = available_device(arguments.device, "--device")
-    dtype = arguments.dtype or ("bf16" if device.startswith("cuda") else "fp32")
-    result = bench_generate(
-        config.model,
-        config.tokenizer.vocab_size,
-        arguments.blocks or 500,
-        device=device,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
-        compiled=arguments.compile,
-    )
-    return print_report(arguments, result, format_table(result))
