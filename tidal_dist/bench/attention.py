@@ -5,7 +5,7 @@ mask. Plain causal attention over N positions, through the same call, says what 
 pairs that it computes. Random queries, keys and values; layouts as of a text whose tokens are blocks of one length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from tidal_dist.bench.machine import (
     seconds_of,
     spread,
 )
-from tidal_dist.config import ModelConfig
+from tidal_dist.config import Config, ModelConfig
 from tidal_dist.errors import UserError
 from tidal_dist.model.attention import Scoring, attend_chars, attend_tokens, biases
 
@@ -49,10 +49,11 @@ _COUNTED_AT_ONCE = 256  # queries
 
 @dataclass(frozen=True)
 class Shape:
-    """A row: T token and C char slots, in so many documents of equal length."""
+    """A row: T token and C char slots, in so many documents of equal length; longest_run: W, with `<bob>`."""
 
     tokens: int
     chars: int
+    longest_run: int
     documents: int = 1
 
     @property
@@ -64,10 +65,14 @@ class Shape:
         """The row, B = 1: every block is one token, and all have about the same number of bytes.
 
         Raises:
-            UserError: there are fewer chars than blocks, each of which has a `<bob>`.
+            UserError: there are fewer chars than blocks, each of which has a `<bob>`, or more than those can hold.
         """
-        if self.chars < self.tokens:
-            raise UserError(f"--chars {self.chars}: must be at least the {self.tokens} blocks of a row")
+        most = self.tokens * self.longest_run
+        if not self.tokens <= self.chars <= most:
+            raise UserError(
+                f"a row of {self.tokens} tokens: {self.chars} chars do not make as many blocks of at most "
+                f"{self.longest_run - 1} bytes; give {self.tokens} to {most} chars (data.row_chars, max_block_bytes)"
+            )
         borders = np.linspace(0, self.tokens, self.documents + 1).astype(int)
         runs = np.diff(np.linspace(0, self.chars, self.tokens + 1).astype(int))
         pieces = [_piece(runs[a:b]) for a, b in pairwise(borders)]
@@ -75,10 +80,6 @@ class Shape:
         return batch_of(lay_out_rows([pieces], [[0] * len(pieces)], lengths, "mirrored", (self.tokens, self.chars))).to(
             "cpu"
         )
-
-    def longest_run(self) -> int:
-        """W, char slots of the longest block."""
-        return -(-self.chars // self.tokens)
 
 
 def _piece(runs: np.ndarray) -> Piece:
@@ -113,21 +114,23 @@ def full_mask(batch: Batch, token_attention: TokenAttention) -> torch.Tensor:
 
 
 class Attention:
-    """One way to attend, on all shapes."""
+    """One way to attend, on all shapes; none stands for one that is left out."""
 
-    def __init__(self, way: Way, shapes: list[Shape], model: ModelConfig, device: str, dtype: str):
+    def __init__(self, way: Way, shapes: list[Shape | None], model: ModelConfig, device: str, dtype: str):
         self._device = device
-        self._peaks: list[int] = []
-        self._preparing: list[float] = []
-        self._calls = [self._call(way, shape, model, dtype_named(dtype)) for shape in shapes]
+        self._found: list[dict[str, float]] = []
+        self._calls: list[Callable[[], None] | None] = []
+        for shape in shapes:
+            self._calls.append(self._call(way, shape, model, dtype_named(dtype)) if shape else None)
+            self._found += [] if shape else [{}]
 
-    def run(self) -> list[float]:
+    def run(self) -> list[float | None]:
         """Seconds forward and backward, by shape."""
-        return [seconds_of(call, self._device)[0] for call in self._calls]
+        return [call and seconds_of(call, self._device)[0] for call in self._calls]
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> list[dict[str, float]]:
         """By shape: bytes that a pass needs beyond inputs and masks; seconds that making those took."""
-        return {"peak_bytes": self._peaks, "prepare_seconds": self._preparing}
+        return self._found
 
     def _call(self, way: Way, shape: Shape, model: ModelConfig, dtype: torch.dtype) -> Callable[[], None]:
         """A pass, which was made once already."""
@@ -137,7 +140,6 @@ class Attention:
         gradient = torch.randn(size, device=self._device, dtype=dtype)
         made: list[Callable[..., torch.Tensor]] = []
         preparing, _ = seconds_of(lambda: made.append(self._forward(way, shape, model, dtype)), self._device)
-        self._preparing.append(preparing)
 
         def call() -> None:
             made[0](*qkv).backward(gradient)
@@ -146,7 +148,7 @@ class Attention:
 
         held = forget_peak(self._device)
         call()
-        self._peaks.append(peak_bytes(self._device) - held)
+        self._found.append({"peak_bytes": peak_bytes(self._device) - held, "prepare_seconds": preparing})
         return call
 
     def _forward(self, way: Way, shape: Shape, model: ModelConfig, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
@@ -156,7 +158,7 @@ class Attention:
         if way == "dense":
             mask = full_mask(batch, model.token_attention)
             return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        prepared = biases(batch.tokens, batch.chars, shape.longest_run(), Scoring(model.token_attention, None, dtype))
+        prepared = biases(batch.tokens, batch.chars, shape.longest_run, Scoring(model.token_attention, None, dtype))
         n = shape.tokens
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -169,7 +171,8 @@ class Attention:
 
 def bench_attention(
     model: ModelConfig,
-    shapes: list[Shape],
+    swept: list[Shape],
+    others: list[Shape],
     rounds: int = 3,
     device: str = "cpu",
     dtype: str = "fp32",
@@ -178,18 +181,18 @@ def bench_attention(
     """Time attention forward and backward on rows of these shapes, each way in its own process, in turns.
 
     Args:
-        model: heads, head width and attention among tokens. most_dense: of a shape with more slots N the baseline,
-            whose cost grows with N x N, is left out.
+        model: heads, head width and attention among tokens. swept: rows of the same T. others: rows beside them.
+        most_dense: of a shape with more slots N the baseline, whose cost grows with N x N, is left out.
 
     Returns:
-        shapes: for each its slots, visible pairs, and by way seconds (`spread`), FLOP/s on the pairs that are needed,
-        memory; faster: dense attention's seconds over ours; rate_to_causal: our FLOP/s on visible pairs over causal
-        attention's on its own; utilisation: over those of a large matrix product. growth: the power of C with which our
-        time grows at fixed T. limit: see `Limits`. And what they are from.
+        shapes: for each, the swept ones first, its slots, visible pairs, and by way seconds (`spread`), FLOP/s on the
+        pairs that are needed, memory; faster: dense attention's seconds over ours; rate_to_causal: our FLOP/s on
+        visible pairs over causal attention's on its own; utilisation: over those of a large matrix product.
+        growth: the power of C with which our time grows at fixed T. limit: see `Limits`. And what they are from.
     """
     machine = describe_machine(device)
-    shapes = sorted(shapes, key=lambda s: s.slots)
-    dense = [shape for shape in shapes if shape.slots <= most_dense]
+    shapes = [*swept, *others]
+    dense = [shape if shape.slots <= most_dense else None for shape in shapes]
     of_way = {way: dense if way == "dense" else shapes for way in WAYS}
     made: dict[str, Made] = {way: (Attention, way, of_way[way], model, device, dtype) for way in WAYS}
     made["limits"] = (Limits, device, dtype_named(dtype))
@@ -199,7 +202,8 @@ def bench_attention(
     return {
         "name": "attention",
         "shapes": found,
-        "growth": _growth([f for f in found if f["tokens"] == SWEPT_TOKENS and f["documents"] == 1]),
+        "swept": len(swept),
+        "growth": _growth(found[: len(swept)]),
         "heads": model.n_heads,
         "head_width": model.width // model.n_heads,
         "dtype": dtype,
@@ -209,10 +213,16 @@ def bench_attention(
     }
 
 
-def shapes_of(row_tokens: int, row_chars: int, swept: tuple[int, ...] = SWEPT_CHARS) -> list[Shape]:
-    """The configured row, of one document and of several, and rows whose chars grow at fixed T."""
-    rows = [Shape(row_tokens, row_chars, documents) for documents in _DOCUMENTS]
-    return list(dict.fromkeys([*(Shape(SWEPT_TOKENS, chars) for chars in swept), *rows]))
+def configured_shapes(config: Config) -> list[Shape]:
+    """The configured row, of one document and of several."""
+    data, longest = config.data, config.segmentation.max_block_bytes + 1
+    return [Shape(data.row_tokens, data.row_chars, longest, documents) for documents in _DOCUMENTS]
+
+
+def swept_shapes(config: Config, chars: Sequence[int] = SWEPT_CHARS) -> list[Shape]:
+    """Rows whose chars grow at fixed T, as far as the blocks of T tokens can hold them."""
+    longest = config.segmentation.max_block_bytes + 1
+    return [Shape(SWEPT_TOKENS, c, longest) for c in chars if c <= SWEPT_TOKENS * longest]
 
 
 def _figures(
@@ -222,11 +232,10 @@ def _figures(
     needed = {"two streams": pairs, "dense": pairs, "causal": shape.slots * (shape.slots + 1) // 2}
     ways: dict[str, Any] = {}
     for way, all_rounds in runs.items():
-        if index < len(all_rounds[0]):
+        if all_rounds[0][index] is not None:
             seconds = spread([by_shape[index] for by_shape in all_rounds])
             tflops = _PASSES * 4 * model.width * needed[way] / seconds["median"] / 1e12
-            extra = {name: values[index] for name, values in reports[way].items()}
-            ways[way] = {"seconds": seconds, "tflops": tflops, "utilisation": tflops / peak} | extra
+            ways[way] = {"seconds": seconds, "tflops": tflops, "utilisation": tflops / peak} | reports[way][index]
     ours, causal = ways["two streams"], ways["causal"]
     dense = ways["dense"]["seconds"]["median"] if "dense" in ways else None
     return asdict(shape) | {

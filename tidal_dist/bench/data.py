@@ -25,9 +25,8 @@ from data_pipeline.run_order import SPLIT
 from data_pipeline.shards import DataConfig, Manifest
 from data_pipeline.stream import Loading, Share, Stream
 from data_pipeline.summary import summarize
-from data_pipeline.tokenizer import train_tokenizer
 from tidal_dist.bench.machine import busy_warning, copy_gb_per_second, describe_machine, in_own_process, machine_line
-from tidal_dist.bench.text import copies, texts_of, write_corpus
+from tidal_dist.bench.text import copies, texts_of, tokenizer_of, write_corpus
 from tidal_dist.config import Config, parse_config
 
 _BASELINE_BYTES = 24_000_000
@@ -67,8 +66,7 @@ def bench_data(
         progress(f"writing {megabytes} MB of text to {folder}")
         texts = texts_of(config.corpus)
         size = write_corpus(texts, folder / "corpus", megabytes * 10**6)
-        tokenizer = train_tokenizer(iter(texts), config.tokenizer, config.segmentation)
-        tokenizer.save(folder / "tokenizer.json")
+        tokenizer_of(config).save(folder / "tokenizer.json")
         progress("encode_batch, one thread")
         sample = list(_some(texts, min(_BASELINE_BYTES, size // 4)))
         baseline = _encode_batch(folder / "tokenizer.json", sample, config.tokenizer.single_digits)

@@ -1,5 +1,6 @@
 """What a measurement is made on, what that can do at most, and how one is made: timed, in turns, in its own process."""
 
+import ctypes
 import os
 import platform
 import time
@@ -146,10 +147,15 @@ class OwnProcess:
 
     def __init__(self, make: Callable[..., Any], *arguments: Any):
         self._pool = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
-        self._pool.submit(_make, make, arguments).result()
+        self._made = self._pool.submit(_make, make, arguments)
+
+    def wait(self) -> None:
+        """Wait until the object is made; what was raised there is raised here."""
+        self._made.result()
 
     def __call__(self, method: str, *arguments: Any) -> Any:
         """Call a method there; what it returns."""
+        self.wait()
         return self._pool.submit(_call, method, arguments).result()
 
     def __enter__(self) -> "OwnProcess":
@@ -190,6 +196,8 @@ def in_turns(made: dict[str, Made], rounds: int, together: bool) -> tuple[dict[s
     for names in [list(made)] if together else [[name] for name in made]:
         with ExitStack() as stack:
             processes = {n: stack.enter_context(OwnProcess(*made[n])) for n in names}
+            for process in processes.values():  # they start side by side, but none while another is measured
+                process.wait()
             for _ in range(rounds):
                 for name in names:
                     runs[name].append(processes[name]("run"))
@@ -202,7 +210,9 @@ def forget_peak(device: str) -> int:
     if is_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    with suppress(OSError):  # not Linux, or not allowed: the peak is that since the process began
+    # Elsewhere than on Linux with glibc, or where it is not allowed: the peak is that since the process began.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # else what is free again stays resident, and would be used again unseen
         Path("/proc/self/clear_refs").write_text("5")
     return resident_bytes()[0]
 

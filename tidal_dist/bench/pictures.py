@@ -46,12 +46,11 @@ def _generate(result: Result) -> "Figure":
 def _train(result: Result) -> "Figure":
     bars = {name: way["seconds"]["median"] / way["bytes"] * 1e6 for name, way in result["ways"].items()}
     ours = [name for name in bars if name.startswith("two streams")]
-    title = f"A training step for each byte of text; {result['to_plain']['median']:.2f} times plain at equal positions"
-    return bars_figure(title, "microseconds a byte", bars, ours, _note(result))
+    return bars_figure("A training step, for each byte of text", "microseconds", bars, ours, _note(result))
 
 
 def _attention(result: Result) -> "Figure":
-    swept = [s for s in result["shapes"] if s["tokens"] == SWEPT_TOKENS and s["documents"] == 1]
+    swept = result["shapes"][: result["swept"]]
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for way in WAYS:
         found = [s for s in swept if way in s["ways"]]

@@ -78,9 +78,9 @@ def run_bench(name: str, asked: Asked) -> dict[str, Any]:
             config, sizes.rows, sizes.rounds, conditions=conditions, profile=asked.profile, progress=asked.progress
         )
     if name == "attention":
-        shapes = attention.shapes_of(config.data.row_tokens, config.data.row_chars, sizes.swept_chars)
+        swept, others = attention.swept_shapes(config, sizes.swept_chars), attention.configured_shapes(config)
         how = conditions.device, conditions.dtype, sizes.most_dense
-        return attention.bench_attention(config.model, shapes, sizes.rounds, *how)
+        return attention.bench_attention(config.model, swept, others, sizes.rounds, *how)
     warning = busy_warning(describe_machine(), [])
     result = generate.bench_generate(
         config.model,

@@ -104,7 +104,6 @@ class Plain:
     vocab_size: int
     byte_lengths: np.ndarray
     width: int | None = None
-    count: int | None = None
 
     @property
     def output_size(self) -> int:
@@ -116,8 +115,8 @@ class Plain:
         return conditions.ready(partial(PlainDecoder, self.config, self.vocab_size, self.output_size))
 
     def ids(self) -> torch.Tensor:
-        """(B, N); B is `count`, if given."""
-        return plain_rows(self.rows, self.unit, self.width)[: self.count]
+        """(B, N)."""
+        return plain_rows(self.rows, self.unit, self.width)
 
     def inputs(self, device: str) -> tuple[Any, ...]:
         """What the model is called with."""

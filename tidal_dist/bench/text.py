@@ -109,13 +109,12 @@ def plain_rows(rows: Sequence[Sequence[Piece]], unit: Unit, width: int | None = 
     """The text of rows as rows of plain ids (B, N), padded to the longest.
 
     Args:
-        width: N, positions that every row has instead: the text, laid end to end, is cut after each, and what does not
-            fill a row is left out.
+        width: N, positions that every row has instead: the text, laid end to end and again from its start where it
+            ends too soon, is cut after each.
     """
     flat = [np.concatenate([plain_ids(piece, unit) for piece in row]) for row in rows]
     if width is not None:
-        text = np.concatenate(flat)
-        return torch.from_numpy(text[: len(text) // width * width].reshape(-1, width))
+        return torch.from_numpy(np.resize(np.concatenate(flat), (len(rows), width)))
     padded = np.full((len(flat), max(len(row) for row in flat)), PAD)
     for row, ids in zip(padded, flat, strict=True):
         row[: len(ids)] = ids

@@ -75,14 +75,14 @@ def bench_train(
     with tempfile.TemporaryDirectory(prefix="tidal-bench-") as name:
         progress(f"writing shards of {megabytes} MB of text")
         manifest, data, tokenizer = write_shards(config, Path(name), megabytes * 10**6, lanes=rows)
-        pieces = first_rows(manifest, data, tokenizer, 2 * rows)
+        pieces = first_rows(manifest, data, tokenizer, rows)
         shape = (data.row_tokens, data.row_chars)
         lengths, longest = tokenizer.byte_lengths, config.segmentation.max_block_bytes
-        whole = replace(TwoStreams(config.model, pieces[:rows], shape, lengths, longest), config=_deep(config))
+        whole = replace(TwoStreams(config.model, pieces, shape, lengths, longest), config=_deep(config))
         ways: dict[str, TwoStreams | Plain] = {
             _name_of(m): replace(whole, config=_deep(config, m)) for m in _depths(config)
         }
-        ways |= _plain_ways(whole, pieces)
+        ways |= _plain_ways(whole)
         made: dict[str, Made] = {name: (Training, way, conditions) for name, way in ways.items()}
         made["limits"] = (Limits, conditions.device, dtype_named(conditions.dtype))
         made["fed"] = (FedTraining, whole, conditions, data)
@@ -130,11 +130,10 @@ def _name_of(char_layers: int) -> str:
     return f"two streams, {char_layers} char layers"
 
 
-def _plain_ways(whole: TwoStreams, pieces: list[Any]) -> dict[str, Plain]:
-    count = len(whole.rows)
+def _plain_ways(whole: TwoStreams) -> dict[str, Plain]:
     vocabulary = len(whole.byte_lengths)
     size = parameters(whole.config, vocabulary, whole.max_block_bytes).total
-    same = Plain(whole.config, pieces, "bytes", vocabulary, whole.byte_lengths, sum(whole.shape), count)
+    same = Plain(whole.config, whole.rows, "bytes", vocabulary, whole.byte_lengths, sum(whole.shape))
     found = {SAME_POSITIONS: same}
     for name, unit, known in ((BYTES, "bytes", OUTPUT_VOCABULARY), (TOKENS, "tokens", vocabulary)):
         try:

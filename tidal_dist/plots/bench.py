@@ -39,6 +39,8 @@ def growth_figure(
         axes.plot(sizes, values, marker="o", markersize=3.5, linewidth=1.4, color=colour, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     ticks = sorted({s for sizes, _ in curves.values() for s in sizes})
     axes.set_xticks(ticks, [f"{t:,.0f}" for t in ticks])
     axes.set_xlabel(size, fontsize=8, color=PALE_INK)
