@@ -24,6 +24,7 @@ from tidal_dist.bench.machine import dtype_named, forget_peak, is_gpu, peak_byte
 from tidal_dist.bench.text import Unit, plain_rows
 from tidal_dist.config import ModelConfig
 from tidal_dist.flops import row_flops
+from tidal_dist.model.compiled import compile_layers
 from tidal_dist.model.plain import PlainDecoder, next_ids, plain_flops
 from tidal_dist.model.transformer import TidalTransformer
 
@@ -54,7 +55,9 @@ class Conditions:
             again["checkpoint_every_layers"] = self.recompute_every_layers
         with torch.device(self.device):
             model = make(**again).to(dtype_named(self.dtype)).train()
-        if self.compiled:
+        if self.compiled and isinstance(model, TidalTransformer):
+            compile_layers(model)
+        elif self.compiled:
             for layer in model.get_submodule("layers").children():
                 layer.compile()
         return model
