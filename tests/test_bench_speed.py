@@ -199,6 +199,7 @@ def test_attention_has_its_figures(attended: dict[str, Any]) -> None:
     assert ours["tflops"] == pytest.approx(12 * 16 * first["visible_pairs"] / ours["seconds"]["median"] / 1e12)
     assert ours["utilisation"] == pytest.approx(ours["tflops"] / 0.1)
     assert first["faster"] == first["ways"]["dense"]["seconds"]["median"] / ours["seconds"]["median"]
+    assert all(s["visible_share"] <= s["computed_share"] <= 1 for s in shapes)
     least = [s["ways"]["two streams"]["seconds"]["min"] for s in shapes[:3]]
     assert attended["growth"] == pytest.approx(np.log(least[2] / least[0]) / np.log(4))
     assert "the time grows with C" in format_table(attended)

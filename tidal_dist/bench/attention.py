@@ -35,7 +35,8 @@ from tidal_dist.bench.machine import (
 )
 from tidal_dist.config import Config, ModelConfig
 from tidal_dist.errors import UserError
-from tidal_dist.model.attention import Scoring, attend_chars, attend_tokens, biases
+from tidal_dist.model.attention import attend, prepare_attention
+from tidal_dist.model.scores import Scoring
 
 Way = Literal["two streams", "dense", "causal"]
 WAYS: tuple[Way, ...] = ("two streams", "dense", "causal")
@@ -118,7 +119,8 @@ class Attention:
 
     def __init__(self, way: Way, shapes: list[Shape | None], model: ModelConfig, device: str, dtype: str):
         self._device = device
-        self._found: list[dict[str, float]] = []
+        self._found: list[dict[str, Any]] = []
+        self._kernel: dict[str, Any] = {}
         self._calls: list[Callable[[], None] | None] = []
         for shape in shapes:
             self._calls.append(self._call(way, shape, model, dtype_named(dtype)) if shape else None)
@@ -128,8 +130,9 @@ class Attention:
         """Seconds forward and backward, by shape."""
         return [call and seconds_of(call, self._device)[0] for call in self._calls]
 
-    def report(self) -> list[dict[str, float]]:
-        """By shape: bytes that a pass needs beyond inputs and masks; seconds that making those took."""
+    def report(self) -> list[dict[str, Any]]:
+        """By shape: bytes that a pass needs beyond inputs and masks; seconds that making those took; of the two streams
+        also the kernel, and the pairs that it computes."""
         return self._found
 
     def _call(self, way: Way, shape: Shape, model: ModelConfig, dtype: torch.dtype) -> Callable[[], None]:
@@ -148,7 +151,8 @@ class Attention:
 
         held = forget_peak(self._device)
         call()
-        self._found.append({"peak_bytes": peak_bytes(self._device) - held, "prepare_seconds": preparing})
+        measured = {"peak_bytes": peak_bytes(self._device) - held, "prepare_seconds": preparing}
+        self._found.append(measured | self._kernel)
         return call
 
     def _forward(self, way: Way, shape: Shape, model: ModelConfig, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
@@ -158,15 +162,10 @@ class Attention:
         if way == "dense":
             mask = full_mask(batch, model.token_attention)
             return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        prepared = biases(batch.tokens, batch.chars, shape.longest_run, Scoring(model.token_attention, None, dtype))
-        n = shape.tokens
-
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            on_tokens, on_chars = (k[:, :, :n], v[:, :, :n]), (k[:, :, n:], v[:, :, n:])
-            of_tokens = attend_tokens(q[:, :, :n], *on_tokens, prepared.token)
-            return torch.cat([of_tokens, attend_chars(q[:, :, n:], on_tokens, on_chars, prepared.groups)], dim=2)
-
-        return attend
+        scoring = Scoring(model.token_attention, None, dtype, model.width // model.n_heads)
+        prepared = prepare_attention(batch.tokens, batch.chars, shape.longest_run, scoring)
+        self._kernel = {"kernel": prepared.kernel, "computed_pairs": prepared.computed_pairs()}
+        return lambda q, k, v: attend(q, k, v, prepared)
 
 
 def bench_attention(
@@ -185,7 +184,8 @@ def bench_attention(
         most_dense: of a shape with more slots N the baseline, whose cost grows with N x N, is left out.
 
     Returns:
-        shapes: for each, the swept ones first, its slots, visible pairs, and by way seconds (`spread`), FLOP/s on the
+        shapes: for each, the swept ones first, its slots, visible pairs, the shares of N x N that are visible and that
+        our kernel computes (what is left is its sparsity), and by way seconds (`spread`), FLOP/s on the
         pairs that are needed, memory; faster: dense attention's seconds over ours; rate_to_causal: our FLOP/s on
         visible pairs over causal attention's on its own; utilisation: over those of a large matrix product.
         growth: the power of C with which our time grows at fixed T. limit: see `Limits`. And what they are from.
@@ -204,6 +204,7 @@ def bench_attention(
         "shapes": found,
         "swept": len(swept),
         "growth": _growth(found[: len(swept)]),
+        "kernel": found[0]["ways"]["two streams"]["kernel"],
         "heads": model.n_heads,
         "head_width": model.width // model.n_heads,
         "dtype": dtype,
@@ -242,6 +243,7 @@ def _figures(
         "slots": shape.slots,
         "visible_pairs": pairs,
         "visible_share": pairs / shape.slots**2,
+        "computed_share": ours["computed_pairs"] / shape.slots**2,
         "ways": ways,
         "faster": dense / ours["seconds"]["median"] if dense else None,
         "rate_to_causal": ours["tflops"] / causal["tflops"],
@@ -260,9 +262,9 @@ def format_table(result: dict[str, Any]) -> str:
     """What `bench_attention` returned, as a few lines to read."""
     lines = [
         f"attention forward and backward in seconds, {result['heads']} heads of {result['head_width']}, "
-        f"{result['dtype']}",
-        f"{'T':>7}{'C':>8}{'documents':>11}{'visible':>9}{'two streams':>13}{'dense':>9}{'causal':>9}{'faster':>8}"
-        f"{'GFLOP/s':>9}{'of causal':>11}{'of peak':>9}{'MiB':>7}{'dense MiB':>11}",
+        f"{result['dtype']}, kernel: {result['kernel']}",
+        f"{'T':>7}{'C':>8}{'documents':>11}{'visible':>9}{'computed':>10}{'two streams':>13}{'dense':>9}{'causal':>9}"
+        f"{'faster':>8}{'GFLOP/s':>9}{'of causal':>11}{'of peak':>9}{'MiB':>7}{'dense MiB':>11}",
     ]
     lines += [_line(found) for found in result["shapes"]]
     if result["growth"] is not None:
@@ -279,7 +281,7 @@ def _line(found: dict[str, Any]) -> str:
     if "dense" in ways:
         faster, memory = f"{found['faster']:.1f}x", f"{ways['dense']['peak_bytes'] / 2**20:,.0f}"
     return (
-        f"{found['tokens']:7,}{found['chars']:8,}{found['documents']:11}{found['visible_share']:9.1%}"
+        f"{found['tokens']:7,}{found['chars']:8,}{found['documents']:11}{found['visible_share']:9.1%}{found['computed_share']:10.1%}"
         f"{seconds['two streams']:>13}{seconds['dense']:>9}{seconds['causal']:>9}{faster:>8}"
         f"{ours['tflops'] * 1e3:9.1f}{found['rate_to_causal']:11.0%}{ours['utilisation']:9.0%}"
         f"{ours['peak_bytes'] / 2**20:7,.0f}{memory:>11}"
