@@ -24,7 +24,8 @@ class Sizes:
 
     Attributes:
         blocks: of the document of `layout`. written_blocks: by `generate`. megabytes: of text for `data`.
-        stream_seconds: of its reading. rows: of a step of `train`. rounds: of `train` and `attention`.
+        stream_seconds: of its reading. rows: of a step of `train`. row_megabytes: of text for those. rounds: of
+            `train` and `attention`.
         swept_chars: C of `attention` at fixed T. most_dense: slots up to which it has its baseline.
     """
 
@@ -33,17 +34,19 @@ class Sizes:
     megabytes: int = 1000
     stream_seconds: float = 10.0
     rows: int = 2
+    row_megabytes: int = 4
     rounds: int = 5
     swept_chars: tuple[int, ...] = SWEPT_CHARS
     most_dense: int = 20_000
 
 
 QUICK = Sizes(
-    blocks=192,
+    blocks=128,
     written_blocks=40,
-    megabytes=12,
+    megabytes=8,
     stream_seconds=1.0,
     rows=1,
+    row_megabytes=1,
     rounds=2,
     swept_chars=SWEPT_CHARS[:3],
     most_dense=5_000,
@@ -75,7 +78,7 @@ def run_bench(name: str, asked: Asked) -> dict[str, Any]:
         return data.bench_data(config, sizes.megabytes, stream_seconds=sizes.stream_seconds, progress=asked.progress)
     if name == "train":
         return train.bench_train(
-            config, sizes.rows, sizes.rounds, conditions=conditions, profile=asked.profile, progress=asked.progress
+            config, sizes.rows, sizes.rounds, sizes.row_megabytes, conditions, asked.profile, asked.progress
         )
     if name == "attention":
         swept, others = attention.swept_shapes(config, sizes.swept_chars), attention.configured_shapes(config)
