@@ -21,6 +21,7 @@ DOCS = (
     "generation",
     "guard",
     "multi-node",
+    "performance",
     "plan",
     "preflight",
     "serving",
