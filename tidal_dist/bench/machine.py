@@ -16,6 +16,7 @@ import torch
 
 from tidal_dist.training.pace import measured_tflops
 
+_WIDEST = 16_384  # columns of a matrix product
 _COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}
 _BUSY_SPREAD = 1.3  # the slowest repeat over the median
 _BUSY_LOAD = 0.5  # of the cores, before the measurement
@@ -118,7 +119,7 @@ class Limits:
 
     def run(self) -> dict[str, float]:
         """tflops: of a large matrix product. copy_gb_per_second: bytes read and written by a large copy."""
-        tflops = measured_tflops(torch.device(self._device), self._dtype)
+        tflops = measured_tflops(torch.device(self._device), self._dtype, _WIDEST)
         return {"tflops": tflops, "copy_gb_per_second": copy_gb_per_second(self._device)}
 
     def report(self) -> None:

@@ -24,6 +24,7 @@ from tidal_dist.bench.machine import dtype_named, forget_peak, is_gpu, peak_byte
 from tidal_dist.bench.text import Unit, plain_rows
 from tidal_dist.config import ModelConfig
 from tidal_dist.flops import row_flops
+from tidal_dist.model.attention import Kernel
 from tidal_dist.model.compiled import compile_layers
 from tidal_dist.model.plain import PlainDecoder, next_ids, plain_flops
 from tidal_dist.model.transformer import TidalTransformer
@@ -38,11 +39,12 @@ class Conditions:
 
     Attributes:
         device, dtype: by name; with bf16 the optimizer has weights and moments in float32, as in mixed precision.
-        compiled: layers are compiled. recompute_every_layers: of every k layers one is computed again; 0: none.
+        attention: kernel of the two streams. compiled: layers are compiled. recompute_every_layers: of every k layers one is computed again; 0: none.
     """
 
     device: str = "cpu"
     dtype: str = "fp32"
+    attention: Kernel = "auto"
     compiled: bool = False
     recompute_every_layers: int = 0
 
@@ -75,7 +77,8 @@ class TwoStreams:
 
     def model(self, conditions: Conditions) -> nn.Module:
         """The model."""
-        return conditions.ready(partial(TidalTransformer, self.config, len(self.byte_lengths), self.max_block_bytes))
+        sizes = len(self.byte_lengths), self.max_block_bytes
+        return conditions.ready(partial(TidalTransformer, self.config, *sizes, attention=conditions.attention))
 
     def inputs(self, device: str) -> tuple[Any, ...]:
         """What the model is called with."""

@@ -92,7 +92,8 @@ def _asked(arguments: argparse.Namespace) -> Any:
     given = {n: getattr(arguments, n) for n in ("blocks", "megabytes", "rows", "rounds")}
     given["written_blocks"] = arguments.blocks
     sizes = replace(QUICK if arguments.quick else Sizes(), **{n: v for n, v in given.items() if v is not None})
-    return Asked(config, sizes, Conditions(device, dtype, arguments.compile, again), arguments.profile, log)
+    conditions = Conditions(device, dtype, training.attention, arguments.compile, again)
+    return Asked(config, sizes, conditions, arguments.profile, log)
 
 
 def _draw(results: dict[str, Any], folder: Path) -> None:

@@ -87,13 +87,14 @@ def host_memory() -> dict[str, float]:
     return {"memory/host_resident_gib": psutil.Process().memory_info().rss / _GIB}
 
 
-def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
+def measured_tflops(device: torch.device, dtype: torch.dtype, widest: int = _WIDEST) -> float:
     """What a large matrix product achieves on a device whose peak nobody has written down; takes parts of a second.
 
     Products grow until one takes long: where a type has no instructions of its own, as bf16 on many CPUs, that is soon.
+    Large GPUs need more than the usual `widest` to show all they can, and memory for three matrices of it.
     """
     width = _NARROWEST
-    while (seconds := _product_seconds(width, device, dtype)) < _LONG_SECONDS and width < _WIDEST:
+    while (seconds := _product_seconds(width, device, dtype)) < _LONG_SECONDS and width < widest:
         width *= 2
     return 2 * width**3 / seconds / 1e12
 
