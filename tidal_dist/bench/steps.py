@@ -39,7 +39,8 @@ class Conditions:
 
     Attributes:
         device, dtype: by name; with bf16 the optimizer has weights and moments in float32, as in mixed precision.
-        attention: kernel of the two streams. compiled: layers are compiled. recompute_every_layers: of every k layers one is computed again; 0: none.
+        attention: kernel of the two streams. compiled: layers are compiled.
+        recompute_every_layers: of every k layers one is computed again; 0: none.
     """
 
     device: str = "cpu"
