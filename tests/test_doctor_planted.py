@@ -211,11 +211,10 @@ def rope_of_another_base_at_decoding(scene: Scene) -> None:
 def cache_keeps_chars(scene: Scene) -> None:
     """What earlier blocks left in the cache counts as chars of the block at hand."""
 
-    def extend_slots(original: Any, cache: Cache, tokens: Slots, chars: Slots) -> tuple[Slots, Slots]:
-        key_tokens, key_chars = original(cache, tokens, chars)
-        block = torch.zeros_like(key_chars.block) + chars.block
-        zero = torch.zeros_like(key_chars.index)
-        return key_tokens, replace(key_chars, document=zero + 1, block=block, index=zero)
+    def extend_slots(original: Any, cache: Cache) -> tuple[Slots, Slots, Slots, Slots]:
+        tokens, chars, key_tokens, key_chars = original(cache)
+        zero = key_chars.index * 0
+        return tokens, chars, key_tokens, replace(key_chars, document=zero + 1, block=zero + chars.block, index=zero)
 
     scene.around(Cache, "extend_slots", extend_slots)
 

@@ -7,14 +7,30 @@ is not seen: so chars are dropped, and drafts taken back. No shape depends on wh
 """
 
 from dataclasses import fields, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from data_pipeline.layout import NO_DOCUMENT, Slots
+from tidal_dist.model.lean import Lean
 from tidal_dist.model.transformer import KeysValues
 
 _LEAST_TOKENS = 64  # room for tokens to begin with
+_WASTE = 4  # times as much room as is needed is given back
 ARRAYS = [f.name for f in fields(Slots) if f.name != "stream"]
+_DOCUMENT, _INDEX = ARRAYS.index("document"), ARRAYS.index("index")
+
+
+def slots_of(stream: Literal["token", "char"], array: Any) -> Slots:
+    """Slots whose arrays lie side by side on the last axis, (..., F), of a numpy array or a tensor."""
+    parts = array.unbind(-1) if isinstance(array, torch.Tensor) else (array[..., i] for i in range(len(ARRAYS)))
+    return Slots(stream, *parts)
+
+
+def side_by_side(slots: Slots) -> np.ndarray:
+    """The arrays of slots on a last axis, (..., F): what `slots_of` takes apart."""
+    return np.stack([getattr(slots, name) for name in ARRAYS], axis=-1)
 
 
 class Cache:
@@ -22,60 +38,89 @@ class Cache:
 
     Attributes:
         char_capacity: W. row_capacity, token_capacity: sequences, and S, that there is room for.
+        lean: what makes the passes instead of the model. skips_empty_layers: as `Past` says.
     """
 
-    def __init__(self, char_capacity: int, skips_empty_layers: bool = True) -> None:
+    def __init__(self, char_capacity: int, skips_empty_layers: bool = True, lean: Lean | None = None) -> None:
         self.char_capacity, self.row_capacity, self.token_capacity = _aligned(char_capacity), 0, 0
-        self.skips_empty_layers = skips_empty_layers
-        self._rows, self._length = slice(0, 0), 0
-        self._counts = self._targets = torch.empty(0)
+        self.skips_empty_layers, self.lean = skips_empty_layers, lean
+        self._rows, self._length, self._n_tokens = slice(0, 0), 0, 0
+        self._new = self._counts = self._targets = torch.empty(0)
         self._buffers: dict[str, torch.Tensor] = {}  # each (B, K, ...)
+        self._views: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of buffers: all slots in a row; keys of a pass
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Make room for so many sequences, and tokens of each; for more tokens at once, so that it is seldom done."""
         if rows <= self.row_capacity and tokens <= self.token_capacity:
             return
-        self.row_capacity = max(rows, self.row_capacity)
-        if tokens > self.token_capacity:
-            self.token_capacity = _aligned(max(tokens, self.token_capacity * 3 // 2, _LEAST_TOKENS))
-        for name, old in self._buffers.items():
-            new = old.new_zeros(self.row_capacity, self._keys, *old.shape[2:])
-            new[: len(old), : old.shape[1] - 1] = old[:, :-1]
+        more = max(tokens, self.token_capacity * 3 // 2, _LEAST_TOKENS) if tokens > self.token_capacity else 0
+        self._resize(max(rows, self.row_capacity), _aligned(more or self.token_capacity))
+
+    def release(self, tokens: int) -> None:
+        """Give room back where it is much more than the longest sequence's tokens: a longer one has left."""
+        if self.token_capacity > _WASTE * max(tokens, _LEAST_TOKENS):
+            self._resize(self.row_capacity, _aligned(max(tokens * 3 // 2, _LEAST_TOKENS)))
+
+    def _resize(self, rows: int, tokens: int) -> None:
+        self.row_capacity, self.token_capacity = rows, tokens
+        self._views.clear()
+        for name in list(self._buffers):
+            old = self._buffers.pop(name)
+            new = old.new_zeros(rows, self._keys, *old.shape[2:])
+            kept = min(old.shape[1], self._keys) - 1
+            new[: len(old), :kept] = old[:, :kept]
             self._buffers[name] = new
 
     @property
     def _keys(self) -> int:
         return self.char_capacity + self.token_capacity + 1
 
-    def move(self, source: int, target: int) -> None:
-        """Put a sequence in the place of another, which is done."""
+    def copy(self, source: int, target: int) -> None:
+        """Put a sequence's keys and values in another's row too."""
         for buffer in self._buffers.values():
             buffer[target] = buffer[source]
 
-    def aim(self, rows: slice, counts: torch.Tensor, longest: int) -> None:
+    def targets(self, rows: slice, slots: np.ndarray, n_tokens: int, kept_chars: np.ndarray) -> np.ndarray:
+        """Where a pass writes its slots, (B, N): row times K and slot. Call `reserve` before.
+
+        Args:
+            slots: (B, N, F), tokens first. kept_chars: (B,), chars of earlier passes that stay.
+        """
+        new_chars = kept_chars[:, None] + np.arange(slots.shape[1] - n_tokens)
+        at = np.concatenate([self.char_capacity + slots[:, :n_tokens, _INDEX], new_chars], axis=1)
+        at[slots[:, :, _DOCUMENT] == NO_DOCUMENT] = self._keys - 1
+        return at + np.arange(rows.start, rows.stop)[:, None] * self._keys
+
+    def aim(
+        self,
+        rows: slice,
+        new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        n_tokens: int,
+        longest: int,
+    ) -> None:
         """Say what the next pass is about.
 
         Args:
-            rows: the sequences. counts: (2, B), how many tokens and chars of each are kept from earlier passes.
+            rows: the sequences. new: slots (B, N, F), tokens first; targets (B, N), see `targets`; counts (2, B), how
+                many tokens and chars of each are there after the pass. n_tokens: T.
             longest: tokens of the longest of them after the pass; keys beyond are left out.
         """
-        self._rows, self._counts = rows, counts
-        self._length = self.char_capacity + _aligned(longest)
+        length = self.char_capacity + _aligned(longest)
+        if rows != self._rows or length != self._length:
+            self._views.clear()
+        self._rows, self._length, self._n_tokens = rows, length, n_tokens
+        self._new, self._targets, self._counts = new
 
-    def extend_slots(self, tokens: Slots, chars: Slots) -> tuple[Slots, Slots]:
-        """Take up this pass's slots; the slots of all keys, tokens and chars, cached and new."""
-        places = torch.arange(chars.ids.shape[1], device=chars.ids.device)
-        at = torch.cat([self.char_capacity + tokens.index, self._counts[1][:, None] + places], dim=1)
-        document = torch.cat([tokens.document, chars.document], dim=1)
-        at = torch.where(document != NO_DOCUMENT, at, self._keys - 1)
-        rows = torch.arange(self._rows.start, self._rows.stop, device=at.device)
-        self._targets = at + rows[:, None] * self._keys
-        arrays = [torch.cat([getattr(tokens, n), getattr(chars, n)], dim=1) for n in ARRAYS]
-        kept = self._written("slots", torch.stack(arrays, dim=-1))
-        counts = self._counts + torch.stack([(s.document != NO_DOCUMENT).sum(dim=1) for s in (tokens, chars)])
-        token_keys = Slots("token", *kept[:, self.char_capacity :].unbind(-1))
-        char_keys = Slots("char", *kept[:, : self.char_capacity].unbind(-1))
-        return _first(token_keys, counts[0]), _first(char_keys, counts[1])
+    def extend_slots(self) -> tuple[Slots, Slots, Slots, Slots]:
+        """Take up this pass's slots; its tokens and chars, and the tokens and chars of all keys, cached and new.
+
+        On a CPU as numpy arrays: masks are many operations on little, and numpy's cost a third of torch's.
+        """
+        kept, new, counts = map(_light, (self._written("slots", self._new), self._new, self._counts))
+        tokens, chars = slots_of("token", new[:, : self._n_tokens]), slots_of("char", new[:, self._n_tokens :])
+        token_keys = slots_of("token", kept[:, self.char_capacity :])
+        char_keys = slots_of("char", kept[:, : self.char_capacity])
+        return tokens, chars, _first(token_keys, counts[0]), _first(char_keys, counts[1])
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> KeysValues:
         """Take up a layer's keys and values (B, H, N, D) of this pass; those of all keys, chars before tokens."""
@@ -92,11 +137,15 @@ class Cache:
 
     def _written(self, name: str, new: torch.Tensor) -> torch.Tensor:
         """Write what is new, (B, N or T, ...), to where this pass's slots lie; all that is kept, (B, keys, ...)."""
-        if name not in self._buffers:
-            self._buffers[name] = new.new_zeros(self.row_capacity, self._keys, *new.shape[2:])
-        buffer = self._buffers[name]
-        buffer.flatten(0, 1).index_copy_(0, self._targets[:, : new.shape[1]].flatten(), new.flatten(0, 1))
-        return buffer[self._rows, : self._length]
+        if name not in self._views:
+            if name not in self._buffers:
+                self._buffers[name] = new.new_zeros(self.row_capacity, self._keys, *new.shape[2:])
+            buffer = self._buffers[name]
+            self._views[name] = buffer.flatten(0, 1), buffer[self._rows, : self._length]
+        in_a_row, kept = self._views[name]
+        if n := new.shape[1]:
+            in_a_row.index_copy_(0, self._targets[:, :n].flatten(), new.flatten(0, 1))
+        return kept
 
 
 def _aligned(slots: int) -> int:
@@ -104,7 +153,12 @@ def _aligned(slots: int) -> int:
     return -(-slots // 8) * 8
 
 
-def _first(keys: Slots, counts: torch.Tensor) -> Slots:
+def _light(array: torch.Tensor) -> Any:
+    return array if array.is_cuda else array.numpy()
+
+
+def _first(keys: Slots, counts: Any) -> Slots:
     """Keys (B, n) of which the first `counts` (B,) of each sequence are to be seen."""
-    places = torch.arange(keys.ids.shape[1], device=counts.device)
-    return replace(keys, document=(places < counts[:, None]).to(keys.document.dtype))
+    n = keys.ids.shape[1]
+    places = np.arange(n) if isinstance(counts, np.ndarray) else torch.arange(n, device=counts.device)
+    return replace(keys, document=(places < counts[:, None]) * 1)

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from data_pipeline.layout import Slots, char_slots, padding
+from data_pipeline.layout import char_slots
 from data_pipeline.tokenizer import MixedTokenizer
-from tidal_dist.generation.cache import ARRAYS, Cache
+from tidal_dist.generation.cache import Cache, side_by_side
 from tidal_dist.generation.draft import Draft
 from tidal_dist.generation.events import Generation
-from tidal_dist.generation.passes import Eager, Graphs, PassInputs
+from tidal_dist.generation.passes import Eager, Graphs, PassInputs, parts
 from tidal_dist.generation.request import Request
-from tidal_dist.generation.sequence import Feed, Listener, Writing
+from tidal_dist.generation.sequence import Feed, Listener, Writing, answers
+from tidal_dist.model.lean import MOST_WIDTH, Lean
 from tidal_dist.model.transformer import TidalTransformer
 
 DEFAULT_BATCH_SIZE = 16
@@ -75,7 +76,8 @@ class Engine:
         longest_run = tokenizer.segmentation.max_block_bytes + 1
         self._longest_run = longest_run
         room = 2 * longest_run + 2 * self._most_chars if draft else longest_run
-        self._cache = Cache(room, not shares_weights)
+        is_lean = self.device.type == "cpu" and not shares_weights and model.config.width <= MOST_WIDTH
+        self._cache = Cache(room, not shares_weights, Lean(model) if is_lean else None)
         is_recorded = records_passes and not shares_weights and self.device.type == "cuda"
         runner = Graphs if is_recorded else Eager
         self._run: Eager | Graphs = runner(model, self._cache, self.device)
@@ -124,8 +126,8 @@ class Engine:
         jobs = self.jobs_of_pass = self.jobs[rows]
         feeds = [job.writing.feed(_PROMPT_TOKENS, self._room(job.writing)) for job in jobs]
         logits = self._pass(rows, [job.writing for job in jobs], feeds)
-        for job, fed, answer in zip(jobs, feeds, logits, strict=False):
-            job.writing.take(fed, answer[: len(fed.chars)])
+        for job, fed, answer in zip(jobs, feeds, answers(logits), strict=False):
+            job.writing.take(fed, answer)
         if was_training:
             self.model.train()
 
@@ -134,12 +136,31 @@ class Engine:
             if self.jobs[row].done:
                 last = self.jobs.pop()
                 if row < len(self.jobs):
-                    self._cache.move(len(self.jobs), row)
+                    self._cache.copy(len(self.jobs), row)
                     self.jobs[row] = last
-        while self._waiting and len(self.jobs) < self.batch_size:
+        held = list[Job]()
+        while self._waiting and len(self.jobs) + len(held) < self.batch_size:
             job = self._waiting.popleft()
-            if not job.done:
-                self.jobs.append(job)
+            if job.done:
+                continue
+            source = self._row_of_prompt(job)
+            if source is not None and not self.jobs[source].writing.has_read_prompt:
+                held.append(job)
+                continue
+            self.jobs.append(job)
+            if source is not None:
+                self._cache.reserve(len(self.jobs), job.writing.prompt_tokens)
+                self._cache.copy(source, len(self.jobs) - 1)
+                job.writing.skip_prompt()
+        self._waiting.extendleft(reversed(held))
+
+    def _row_of_prompt(self, job: Job) -> int | None:
+        """Of the sequences one with the same prompt, where it is long: it has been read, or is to be read once."""
+        tokens, prompt = job.writing.prompt_tokens, job.request.prompt
+        for row, other in enumerate(self.jobs):
+            if other.writing.prompt_tokens == tokens > _FEW_TOKENS and other.request.prompt == prompt:
+                return row
+        return None
 
     def _rows_of_pass(self) -> slice:
         """All sequences; but where prompts are long, those from the first such on and those before it in turn."""
@@ -155,35 +176,30 @@ class Engine:
 
     def _pass(self, rows: slice, writings: list[Writing], feeds: list[Feed]) -> np.ndarray:
         """The model's answers, (B, C, V), to what is fed."""
-        shape = (
-            max(len(feeds), 1),
-            max((len(f.tokens.ids) for f in feeds if f.tokens is not None), default=0),
-            max((len(f.chars) for f in feeds), default=1) or 1,
-        )
-        kept = np.array([(w.cached_tokens, w.cached_chars) for w in writings]).reshape(-1, 2).T
-        fed = [0 if f.tokens is None else len(f.tokens.ids) for f in feeds]
-        longest = max(*kept[0] + fed, 1) if feeds else 1
-        shape = self._run.shape_of(shape)
-        self._cache.reserve(rows.start + shape[0], int(longest))
-        tokens, chars = self._in_rows(feeds, shape)
-        counts = np.zeros((2, shape[0]), dtype=np.int64)
-        counts[:, : len(feeds)] = kept
-        inputs = PassInputs(slice(rows.start, rows.start + shape[0]), tokens, chars, counts, int(longest))
+        fed = [(0 if f.tokens is None else len(f.tokens), len(f.chars)) for f in feeds] or [(0, 1)]
+        most_tokens, most_chars = map(max, zip(*fed, strict=True))
+        shape = b, t, _ = self._run.shape_of((len(fed), most_tokens, max(most_chars, 1)))
+        counts = np.zeros((2, b), np.int64)
+        for row, writing in enumerate(writings):
+            counts[:, row] = writing.cached_tokens, writing.cached_chars
+        kept_chars = counts[1].copy()
+        counts[:, : len(fed)] += np.array(fed).T
+        longest = max(int(counts[0].max()), 1)
+        rows = slice(rows.start, rows.start + b)
+        self._cache.reserve(rows.stop, longest)
+        inputs = PassInputs.of_shape(rows, shape, longest)
+        slots, targets, counts_of_pass = parts(inputs.flat, shape)
+        counts_of_pass[:] = counts
+        self._fill(slots, t, feeds)
+        targets[:] = self._cache.targets(rows, slots, t, kept_chars)
         return self._run(inputs).float().cpu().numpy()
 
-    def _in_rows(self, feeds: list[Feed], shape: tuple[int, int, int]) -> tuple[Slots, Slots]:
-        """What is fed, as slots of `shape` B, T, C, filled up with padding."""
-        tokens, chars = padding("token", shape[:2]), padding("char", (shape[0], shape[2]))
+    def _fill(self, slots: np.ndarray, n_tokens: int, feeds: list[Feed]) -> None:
+        """Put what is fed into slots (B, T + C, F) of zeros, which are padding."""
         for row, fed in enumerate(feeds):
             if fed.tokens is not None:
-                _put(tokens, (row, slice(len(fed.tokens.ids))), fed.tokens)
-        if found := [char for fed in feeds for char in fed.chars]:
-            where = tuple(np.array([(r, i) for r, fed in enumerate(feeds) for i in range(len(fed.chars))]).T)
-            ids, c, block, start_pos = np.array(found).T
-            _put(chars, where, char_slots(ids, c, block, start_pos, self.model.config.char_positions))
-        return tokens, chars
-
-
-def _put(rows: Slots, where: tuple, new: Slots) -> None:
-    for name in ARRAYS:
-        getattr(rows, name)[where] = getattr(new, name)
+                slots[row, : len(fed.tokens)] = fed.tokens
+        where = [(row, n_tokens + i) for row, fed in enumerate(feeds) for i in range(len(fed.chars))]
+        if where:
+            found = np.array([char for fed in feeds for char in fed.chars]).T
+            slots[tuple(np.array(where).T)] = side_by_side(char_slots(*found, self.model.config.char_positions))

@@ -5,12 +5,13 @@ B sequences of a pass, T token and C char slots of each, V ids of the output voc
 
 from dataclasses import dataclass
 from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
 
 from data_pipeline.layout import Slots
-from tidal_dist.generation.cache import ARRAYS, Cache
+from tidal_dist.generation.cache import ARRAYS, Cache, slots_of
 from tidal_dist.model.transformer import Layer, TidalTransformer
 
 Shape = tuple[int, int, int]  # B, T, C
@@ -24,33 +25,28 @@ class PassInputs:
     """What a pass takes.
 
     Attributes:
-        rows: the cache's sequences. tokens: Slots (B, T). chars: Slots (B, C). All on the CPU, int64 when flattened.
-        counts: (2, B), tokens and chars that are kept from earlier passes. longest: tokens of the longest after it.
+        rows: the cache's sequences. shape: B, T, C. longest: tokens of the longest sequence after it.
+        flat: everything else in one array of int64, for one copy to the device, see `parts`.
     """
 
     rows: slice
-    tokens: Slots
-    chars: Slots
-    counts: np.ndarray
+    shape: Shape
     longest: int
+    flat: np.ndarray
 
-    @property
-    def shape(self) -> Shape:
-        """B, T, C."""
-        return *self.tokens.ids.shape, self.chars.ids.shape[1]
-
-    def flat(self) -> np.ndarray:
-        """Everything in one array of int64, for one copy to the device."""
-        arrays = [getattr(s, name) for s in (self.tokens, self.chars) for name in ARRAYS]
-        return np.concatenate([a.ravel() for a in (*arrays, self.counts)], dtype=np.int64)
+    @classmethod
+    def of_shape(cls, rows: slice, shape: Shape, longest: int) -> "PassInputs":
+        """Inputs to be filled in."""
+        b, t, c = shape
+        return cls(rows, shape, longest, np.zeros(b * (t + c) * (len(ARRAYS) + 1) + 2 * b, np.int64))
 
 
-def _unflat(flat: torch.Tensor, shape: Shape) -> tuple[Slots, Slots, torch.Tensor]:
-    """Tokens, chars and counts as views of what `PassInputs.flat` made."""
-    b, t, c = shape
-    tokens, chars, counts = flat.split([len(ARRAYS) * b * t, len(ARRAYS) * b * c, 2 * b])
-    streams = Slots("token", *tokens.view(len(ARRAYS), b, t)), Slots("char", *chars.view(len(ARRAYS), b, c))
-    return *streams, counts.view(2, b)
+def parts(flat: Any, shape: Shape) -> tuple[Any, Any, Any]:
+    """Views of `PassInputs.flat`, of an array or a tensor: what `Cache.aim` takes as `new`."""
+    b, n = shape[0], shape[1] + shape[2]
+    slots_end, targets_end = b * n * len(ARRAYS), b * n * (len(ARRAYS) + 1)
+    slots, targets = flat[:slots_end].reshape(b, n, len(ARRAYS)), flat[slots_end:targets_end].reshape(b, n)
+    return slots, targets, flat[targets_end:].reshape(2, b)
 
 
 class Eager:
@@ -65,9 +61,16 @@ class Eager:
 
     def __call__(self, inputs: PassInputs) -> torch.Tensor:
         """Logits (B, C, V)."""
-        tokens, chars, counts = _unflat(torch.from_numpy(inputs.flat()).to(self._device), inputs.shape)
-        self._cache.aim(inputs.rows, counts, inputs.longest)
+        new = parts(torch.from_numpy(inputs.flat).to(self._device), inputs.shape)
+        tokens, chars = _aimed(self._cache, inputs, new, inputs.longest)
         return self._model(tokens, chars, past=self._cache)
+
+
+def _aimed(cache: Cache, inputs: PassInputs, new: tuple[Any, Any, Any], longest: int) -> tuple[Slots, Slots]:
+    """Aim the cache at a pass whose inputs, on the device, are `new`; its tokens and chars."""
+    n_tokens = inputs.shape[1]
+    cache.aim(inputs.rows, new, n_tokens, longest)
+    return slots_of("token", new[0][:, :n_tokens]), slots_of("char", new[0][:, n_tokens:])
 
 
 def compile_layers(model: TidalTransformer) -> None:
@@ -125,16 +128,16 @@ class Graphs:
         if shape not in self._recorded:
             self._recorded[shape] = self._record(inputs)
         recorded = self._recorded[shape]
-        recorded.staging.copy_(torch.from_numpy(inputs.flat()))
+        recorded.staging.copy_(torch.from_numpy(inputs.flat))
         recorded.inputs.copy_(recorded.staging, non_blocking=True)
         recorded.graph.replay()
         return recorded.logits
 
     def _record(self, inputs: PassInputs) -> _Recorded:
-        staging = torch.from_numpy(inputs.flat()).pin_memory()
+        staging = torch.from_numpy(inputs.flat).pin_memory()
         static = staging.to(self._device)
-        tokens, chars, counts = _unflat(static, inputs.shape)
-        self._cache.aim(inputs.rows, counts, self._cache.token_capacity)
+        new = parts(static, inputs.shape)
+        tokens, chars = _aimed(self._cache, inputs, new, self._cache.token_capacity)
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):  # what is made at the first call is not to be recorded

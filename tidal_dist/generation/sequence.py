@@ -1,14 +1,15 @@
 """One sequence at work: what it has written, what it feeds to the next pass, what it makes of the answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_pipeline.layout import CharPositions, Slots, bos_slot, char_position, concatenate, token_slots
+from data_pipeline.layout import CharPositions, bos_slot, char_position, token_slots
 from data_pipeline.pieces import reverse_block
 from data_pipeline.segmentation import off_canonical_joins, segment
 from data_pipeline.tokenizer import BOB, EOB, EOS, MixedTokenizer
+from tidal_dist.generation.cache import side_by_side, slots_of
 from tidal_dist.generation.draft import Draft
 from tidal_dist.generation.events import Block, Char, Event, Generation, Text
 from tidal_dist.generation.repetition import WrittenBlocks
@@ -22,15 +23,33 @@ Listener = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Feed:
-    """What a sequence gives to a pass: tokens (t,), and its next char with those that are drafted behind it.
+    """What a sequence gives to a pass: tokens (t, F), and its next char with those that are drafted behind it.
 
     Attributes:
+        tokens: the arrays of their `Slots`, side by side.
         drafted_tokens: of the tokens, how many belong to each block that is not written yet.
     """
 
-    tokens: Slots | None
+    tokens: np.ndarray | None
     chars: list[CharInput]
     drafted_tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says to n chars of a sequence: logits (n, V), and for each the likeliest id and the log of the sum
+    of the logits' exponentials."""
+
+    logits: np.ndarray
+    likeliest: list[int]
+    totals: list[float]
+
+
+def answers(logits: np.ndarray) -> Iterator[Answer]:
+    """The answers to the sequences of a pass, by logits (B, C, V), all at once: rows are many and short."""
+    highest = logits.max(axis=-1, keepdims=True)
+    totals = highest[..., 0] + np.log(np.exp(logits - highest).sum(axis=-1))
+    return map(Answer, logits, logits.argmax(axis=-1).tolist(), totals.tolist())
 
 
 @dataclass
@@ -47,7 +66,8 @@ class Writing:
 
     Attributes:
         generation: what has come of it. is_finished: nothing is left to do.
-        cached_tokens: tokens whose keys and values stay. cached_chars: chars that do.
+        cached_tokens: tokens whose keys and values stay. cached_chars: chars that do. prompt_tokens: `<bos>` and the
+            prompt's.
     """
 
     def __init__(
@@ -71,26 +91,36 @@ class Writing:
         blocks = segment(prompt, tokenizer.segmentation) if isinstance(prompt, str) else prompt
         self._draft = draft.begin(blocks) if draft else None
         self._seen = WrittenBlocks(blocks) if request.sampling.repetition_penalty != 1.0 else None
-        self._new_tokens: Slots | None = concatenate([bos_slot(), self._take(blocks)])
+        self._new_tokens: np.ndarray | None = np.concatenate([side_by_side(bos_slot()), self._take(blocks)])
+        self.prompt_tokens = len(self._new_tokens)
 
     @property
     def tokens_to_feed(self) -> int:
         """Tokens that have to be fed before the next char can be chosen."""
-        return 0 if self._new_tokens is None else len(self._new_tokens.ids)
+        return 0 if self._new_tokens is None else len(self._new_tokens)
 
-    def _take(self, blocks: Sequence[str]) -> Slots:
-        """Slots of finished blocks, which become context."""
+    @property
+    def has_read_prompt(self) -> bool:
+        """Whether the whole prompt is in the cache."""
+        return self.cached_tokens >= self.prompt_tokens
+
+    def skip_prompt(self) -> None:
+        """Take the prompt for read: its keys and values came from a sequence that has read the same."""
+        self._new_tokens, self.cached_tokens = None, self.prompt_tokens
+
+    def _take(self, blocks: Sequence[str]) -> np.ndarray:
+        """Slots (t, F) of finished blocks, which become context."""
         slots = self._slots_of(blocks, self._n_blocks, self._n_tokens)
         self._n_blocks += len(blocks)
-        self._n_tokens += len(slots.ids)
+        self._n_tokens += len(slots)
         return slots
 
-    def _slots_of(self, blocks: Sequence[str], first_block: int, start_pos: int) -> Slots:
+    def _slots_of(self, blocks: Sequence[str], first_block: int, start_pos: int) -> np.ndarray:
         encoded = [self._tokenizer.encode_block(block) for block in blocks]
         ids = np.array([i for block in encoded for i in block], dtype=np.int64)
         sizes = np.array([len(block) for block in encoded], dtype=np.int64)
         lengths = self._tokenizer.byte_lengths[ids]
-        return token_slots(ids, sizes, lengths, first_block=first_block, start_pos=start_pos)
+        return side_by_side(token_slots(ids, sizes, lengths, first_block=first_block, start_pos=start_pos))
 
     def feed(self, most_tokens: int, room: int) -> Feed:
         """What the next pass takes from this sequence.
@@ -100,25 +130,26 @@ class Writing:
             room: chars that the pass may take from it, at least 1.
         """
         tokens, self._new_tokens = self._new_tokens, None
-        if tokens is not None and len(tokens.ids) > most_tokens:
+        if tokens is not None and len(tokens) > most_tokens:
             cut = self._border(tokens, most_tokens)
-            self._new_tokens = tokens.at(slice(cut, None))
-            return Feed(tokens.at(slice(cut)), [])
+            self._new_tokens = tokens[cut:]
+            return Feed(tokens[:cut], [])
         chars = [self._next_char()]
         return self._with_draft(tokens, chars, room) if self._draft and room > 1 else Feed(tokens, chars)
 
     @staticmethod
-    def _border(tokens: Slots, most: int) -> int:
+    def _border(tokens: np.ndarray, most: int) -> int:
         """Where to cut tokens, before `most`: a block is fed whole, since its tokens see each other."""
-        starts = np.flatnonzero(np.diff(tokens.block[: most + 1])) + 1
-        return int(starts[-1]) if len(starts) else int(np.searchsorted(tokens.block, tokens.block[0], side="right"))
+        block = slots_of("token", tokens).block
+        starts = np.flatnonzero(np.diff(block[: most + 1])) + 1
+        return int(starts[-1]) if len(starts) else int(np.searchsorted(block, block[0], side="right"))
 
     def _next_char(self) -> CharInput:
         written = self._block.written
         c = len(written)
         return (written[-1] if c else BOB), c, self._n_blocks, self._n_tokens
 
-    def _with_draft(self, tokens: Slots | None, chars: list[CharInput], room: int) -> Feed:
+    def _with_draft(self, tokens: np.ndarray | None, chars: list[CharInput], room: int) -> Feed:
         """Behind the next char those that the draft expects, and the tokens of blocks that it expects whole."""
         assert self._draft is not None
         parts, drafted_tokens = [] if tokens is None else [tokens], []
@@ -127,8 +158,8 @@ class Writing:
             if number:
                 slots = self._slots_of([block_text(last)], block, start_pos)
                 parts.append(slots)
-                drafted_tokens.append(len(slots.ids))
-                block, start_pos = block + 1, start_pos + len(slots.ids)
+                drafted_tokens.append(len(slots))
+                block, start_pos = block + 1, start_pos + len(slots)
                 chars.append((BOB, 0, block, start_pos))
             done = 0 if number else len(self._block.written)
             chars += [(id_, c, block, start_pos) for c, id_ in enumerate(expected[done:], done + 1)]
@@ -136,16 +167,16 @@ class Writing:
             if len(chars) + 2 > room:  # a block more takes `<bob>` and a byte
                 break
         del chars[room:]
-        return Feed(concatenate(parts) if parts else None, chars, drafted_tokens)
+        return Feed(np.concatenate(parts) if parts else None, chars, drafted_tokens)
 
-    def take(self, fed: Feed, logits: np.ndarray) -> None:
-        """Go on with the model's answer, (n, V), to the n chars that were fed."""
+    def take(self, fed: Feed, answer: Answer) -> None:
+        """Go on with the model's answer to the n chars that were fed."""
         self.generation.passes += 1
         self.generation.drafted += max(len(fed.chars) - 1, 0)
-        self.cached_tokens += (0 if fed.tokens is None else len(fed.tokens.ids)) - sum(fed.drafted_tokens)
+        self.cached_tokens += (0 if fed.tokens is None else len(fed.tokens)) - sum(fed.drafted_tokens)
         number, drafted_tokens = 0, iter(fed.drafted_tokens)
-        for number, row in enumerate(logits, 1):
-            self._write(self._choose(row))
+        for number in range(1, len(fed.chars) + 1):
+            self._write(self._choose(answer, number - 1))
             if self.is_finished or number == len(fed.chars) or fed.chars[number] != self._next_char():
                 break
             self.generation.accepted += 1
@@ -161,19 +192,22 @@ class Writing:
         constraint = self.request.constraint
         return may_come & constraint.allowed(self._state, written, most - len(written)) if constraint else may_come
 
-    def _choose(self, row: np.ndarray) -> Char:
-        """The next char by logits (V,)."""
-        sampling, may_come = self.request.sampling, self._allowed()
-        self._block.is_held_back |= not may_come[row.argmax()]
-        scores = row
-        if self._seen:
-            repeating = self._seen.next_ids(bytes(self._block.written))
-            scores = penalised(row, repeating, sampling.repetition_penalty)
-        chosen = choose(np.where(may_come, scores, -np.inf), sampling, self._random)
-        total = row.max() + np.log(np.exp(row - row.max()).sum())
+    def _choose(self, answer: Answer, number: int) -> Char:
+        """The next char by the answer to char `number` of those that were fed."""
+        sampling, may_come, row = self.request.sampling, self._allowed(), answer.logits[number]
+        likeliest, total = answer.likeliest[number], answer.totals[number]
+        self._block.is_held_back |= not may_come[likeliest]
+        if sampling.temperature == 0.0 and not self._seen and may_come[likeliest]:
+            chosen = likeliest
+        else:
+            scores = row
+            if self._seen:
+                repeating = self._seen.next_ids(bytes(self._block.written))
+                scores = penalised(row, repeating, sampling.repetition_penalty)
+            chosen = choose(np.where(may_come, scores, -np.inf), sampling, self._random)
         count = self.request.alternatives
-        likeliest = np.argsort(-row, kind="stable")[:count].tolist() if count else ()
-        return Char(chosen, float(row[chosen] - total), tuple((i, float(row[i] - total)) for i in likeliest))
+        ids = np.argsort(-row, kind="stable")[:count].tolist() if count else ()
+        return Char(chosen, float(row[chosen]) - total, tuple((i, float(row[i]) - total) for i in ids))
 
     def _write(self, char: Char) -> None:
         self._block.chars.append(char)
@@ -213,7 +247,7 @@ class Writing:
         """Turn a block round; its tokens are fed next."""
         text, start_pos = block_text(bytes(done.written)), self._n_tokens
         self._new_tokens = self._take([text])
-        ids = tuple(self._new_tokens.ids.tolist())
+        ids = tuple(slots_of("token", self._new_tokens).ids.tolist())
         names = tuple(map(self._tokenizer.name, ids))
         positions = tuple(char_position(start_pos, c, self._char_positions) for c in range(len(done.written) + 1))
         return Block(text, tuple(done.chars), ids, names, start_pos, positions)

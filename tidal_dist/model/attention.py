@@ -10,15 +10,16 @@ GPUs; `dense`, every query against every key of the row, with which the others a
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from data_pipeline.layout import Slots
 from tidal_dist.model import flex
-from tidal_dist.model.scores import Scoring, bias
+from tidal_dist.model.scores import Scoring, bias, bias_of, visible
 from tidal_dist.model.split import split
 
 Kernel = Literal["auto", "flex", "split", "dense"]
@@ -134,10 +135,18 @@ _PREPARE: dict[str, Callable[[Slots, Slots, int, Scoring], Prepared]] = {
 
 
 def cached_bias(tokens: Slots, chars: Slots, key_tokens: Slots, key_chars: Slots, scoring: Scoring) -> torch.Tensor:
-    """Bias of a decoding pass, (B, 1 or H, T + C, K): tokens, then chars, on all cached chars, then all tokens."""
-    asking = [query for query in (tokens, chars) if query.ids.shape[1]]
-    rows = [torch.cat([bias(query, key, scoring) for key in (key_chars, key_tokens)], dim=-1) for query in asking]
-    return torch.cat(rows, dim=2)
+    """Bias of a decoding pass, (B, 1 or H, T + C, K): tokens, then chars, on all cached chars, then all tokens.
+
+    All slots hold tensors, or all numpy arrays.
+    """
+    join: Any = np.concatenate if isinstance(chars.ids, np.ndarray) else torch.cat
+    asking, asked = [query for query in (tokens, chars) if query.ids.shape[1]], (key_chars, key_tokens)
+    rows = [join([visible(query, key, scoring) for key in asked], -1) for query in asking]
+    sees = torch.as_tensor(join(rows, -2))
+    if scoring.alibi_heads is not None:
+        positions = [torch.as_tensor(join([s.position for s in streams], -1)) for streams in (asking, asked)]
+        tokens, key_tokens = (replace(s, position=p) for s, p in zip((tokens, key_tokens), positions, strict=True))
+    return bias_of(sees, tokens, key_tokens, scoring)
 
 
 def attend_cached(
