@@ -137,7 +137,7 @@ def _measured(configs: list[Config]) -> list[dict[str, float]]:
     from tidal_dist.model import split
     from tidal_dist.training import engine as ds
 
-    split.asks_rows = lambda device: False  # as on a GPU
+    split.asks_rows = lambda _: False  # as on a GPU
     found = []
     with ds.process_group(configs[0].training, Path(configs[0].run_dir)) as (_, world):
         for config in configs:

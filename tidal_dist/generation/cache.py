@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from data_pipeline.layout import NO_DOCUMENT, Slots
-from tidal_dist.model.lean import Lean
 from tidal_dist.model.transformer import KeysValues
 
 _LEAST_TOKENS = 64  # room for tokens to begin with
@@ -38,12 +37,12 @@ class Cache:
 
     Attributes:
         char_capacity: W. row_capacity, token_capacity: sequences, and S, that there is room for.
-        lean: what makes the passes instead of the model. skips_empty_layers: as `Past` says.
+        skips_empty_layers: as `Past` says.
     """
 
-    def __init__(self, char_capacity: int, skips_empty_layers: bool = True, lean: Lean | None = None) -> None:
+    def __init__(self, char_capacity: int, skips_empty_layers: bool = True) -> None:
         self.char_capacity, self.row_capacity, self.token_capacity = _aligned(char_capacity), 0, 0
-        self.skips_empty_layers, self.lean = skips_empty_layers, lean
+        self.skips_empty_layers = skips_empty_layers
         self._rows, self._length, self._n_tokens = slice(0, 0), 0, 0
         self._new = self._counts = self._targets = torch.empty(0)
         self._buffers: dict[str, torch.Tensor] = {}  # each (B, K, ...)
@@ -154,7 +153,7 @@ def _aligned(slots: int) -> int:
 
 
 def _light(array: torch.Tensor) -> Any:
-    return array if array.is_cuda else array.numpy()
+    return array.numpy() if array.device.type == "cpu" else array
 
 
 def _first(keys: Slots, counts: Any) -> Slots:

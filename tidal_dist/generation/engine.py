@@ -19,7 +19,6 @@ from tidal_dist.generation.events import Generation
 from tidal_dist.generation.passes import Eager, Graphs, PassInputs, parts
 from tidal_dist.generation.request import Request
 from tidal_dist.generation.sequence import Feed, Listener, Writing, answers
-from tidal_dist.model.lean import MOST_WIDTH, Lean
 from tidal_dist.model.transformer import TidalTransformer
 
 DEFAULT_BATCH_SIZE = 16
@@ -76,8 +75,7 @@ class Engine:
         longest_run = tokenizer.segmentation.max_block_bytes + 1
         self._longest_run = longest_run
         room = 2 * longest_run + 2 * self._most_chars if draft else longest_run
-        is_lean = self.device.type == "cpu" and not shares_weights and model.config.width <= MOST_WIDTH
-        self._cache = Cache(room, not shares_weights, Lean(model) if is_lean else None)
+        self._cache = Cache(room, not shares_weights)
         is_recorded = records_passes and not shares_weights and self.device.type == "cuda"
         runner = Graphs if is_recorded else Eager
         self._run: Eager | Graphs = runner(model, self._cache, self.device)
@@ -201,5 +199,6 @@ class Engine:
                 slots[row, : len(fed.tokens)] = fed.tokens
         where = [(row, n_tokens + i) for row, fed in enumerate(feeds) for i in range(len(fed.chars))]
         if where:
-            found = np.array([char for fed in feeds for char in fed.chars]).T
-            slots[tuple(np.array(where).T)] = side_by_side(char_slots(*found, self.model.config.char_positions))
+            ids, c, block, start_pos = np.array([char for fed in feeds for char in fed.chars]).T
+            chars = char_slots(ids, c, block, start_pos, self.model.config.char_positions)
+            slots[tuple(np.array(where).T)] = side_by_side(chars)

@@ -11,9 +11,8 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -139,12 +138,11 @@ def cached_bias(tokens: Slots, chars: Slots, key_tokens: Slots, key_chars: Slots
 
     All slots hold tensors, or all numpy arrays.
     """
-    join: Any = np.concatenate if isinstance(chars.ids, np.ndarray) else torch.cat
     asking, asked = [query for query in (tokens, chars) if query.ids.shape[1]], (key_chars, key_tokens)
-    rows = [join([visible(query, key, scoring) for key in asked], -1) for query in asking]
-    sees = torch.as_tensor(join(rows, -2))
+    rows = [torch.cat([torch.as_tensor(visible(query, key, scoring)) for key in asked], dim=-1) for query in asking]
+    sees = torch.cat(rows, dim=-2)
     if scoring.alibi_heads is not None:
-        positions = [torch.as_tensor(join([s.position for s in streams], -1)) for streams in (asking, asked)]
+        positions = [torch.cat([torch.as_tensor(s.position) for s in streams], dim=-1) for streams in (asking, asked)]
         tokens, key_tokens = (replace(s, position=p) for s, p in zip((tokens, key_tokens), positions, strict=True))
     return bias_of(sees, tokens, key_tokens, scoring)
 

@@ -110,7 +110,7 @@ def _function(is_compiled: bool) -> Callable[..., Any]:
     """FlexAttention, fused into one kernel only if compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if is_compiled else flex_attention
+    return cast(Callable[..., Any], torch.compile(flex_attention) if is_compiled else flex_attention)
 
 
 def flex(tokens: Slots, chars: Slots, _longest_run: int, scoring: Scoring) -> Flex:

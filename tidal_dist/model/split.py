@@ -182,7 +182,7 @@ def _on_tokens(query: Slots, tokens: Slots, first: int, scoring: Scoring) -> Ite
 
 def _on_all(tokens: Slots, chars: Slots, scoring: Scoring) -> Iterator[Part]:
     """The one part of few chars: tokens from the first that any of them sees, and all chars."""
-    n_rows, n_tokens, n_chars = *tokens.ids.shape, chars.ids.shape[1]
+    (n_rows, n_tokens), n_chars = tokens.ids.shape, chars.ids.shape[1]
     if n_chars:
         sees = visible(chars, tokens, scoring)
         start = min((keys.start for _, keys in _stretches(sees)), default=n_tokens)

@@ -22,7 +22,6 @@ from tidal_dist.model.attention import (
     cached_bias,
     prepare_attention,
 )
-from tidal_dist.model.lean import Lean
 from tidal_dist.model.positions import rope_angles, rotate
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -33,7 +32,6 @@ class Past(Protocol):
     """What was computed in earlier passes of a generation; keys come with their slots."""
 
     skips_empty_layers: bool  # layers that have nothing to do need not be called
-    lean: Lean | None  # what makes the passes instead of the model
 
     def extend_slots(self) -> tuple[Slots, Slots, Slots, Slots]:
         """Take up this pass's slots; its tokens and chars, and the tokens and chars of all keys, cached and new."""
@@ -189,8 +187,6 @@ class TidalTransformer(nn.Module):
         self, tokens: Slots, chars: Slots, labels: torch.Tensor | None = None, past: Past | None = None
     ) -> torch.Tensor:
         """Logits of the chars (B, C, V), or with labels (B, C) the sum of their cross-entropy in nats."""
-        if past is not None and past.lean is not None:
-            return past.lean(tokens, chars, past)
         config = self.config
         n_tokens = tokens.ids.shape[1]
         x = self._embed(tokens)
@@ -199,7 +195,7 @@ class TidalTransformer(nn.Module):
             if i == config.n_layers - config.char_depth:
                 entering = self._embed(chars)
                 if config.has_handoff:
-                    entering = entering + self.hand_off(x, tokens, chars, past)
+                    entering = entering + self._hand_off(x, tokens, chars, past)
                 x = torch.cat([x, entering], dim=1)
             if x.shape[1] or past is None or not past.skips_empty_layers:
                 x = self._run(i, layer, x, n_tokens, *prepared, past)
@@ -242,7 +238,7 @@ class TidalTransformer(nn.Module):
         position = torch.cat([tokens.position, chars.position], dim=1)
         return prepared, rope_angles(position, config.width // config.n_heads, config.rope_base, dtype)
 
-    def hand_off(self, x: torch.Tensor, tokens: Slots, chars: Slots, past: Past | None) -> torch.Tensor:
+    def _hand_off(self, x: torch.Tensor, tokens: Slots, chars: Slots, past: Past | None) -> torch.Tensor:
         """For each char the projected state of the last token before its block, (B, C, width)."""
         state = self.handoff(self.handoff_norm(x))
         if past is not None:
