@@ -26,3 +26,8 @@ class BadShardError(ShardError):
 
     def __reduce__(self) -> tuple:
         return type(self), (str(self), self.shard, self.name)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text without its line breaks; its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -40,21 +40,23 @@ class FakeEngine:
     """Writes `FABLE` for every prompt, a char a pass, for tests that say when a pass may happen.
 
     gate: released once for each pass that may happen; None: all may. break_at: the number of the pass that fails.
+    jobs: those being written.
     """
 
     def __init__(self, tokenizer: MixedTokenizer, batch_size: int, gate: threading.Semaphore | None = None):
         self.tokenizer, self.batch_size, self.gate = tokenizer, batch_size, gate
         self.jobs: list[FakeJob] = []
+        self.waiting: list[FakeJob] = []
         self.cancelled: list[FakeJob] = []
         self.passes, self.break_at, self.most = 0, -1, 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self.jobs)
+        return bool(self.jobs or self.waiting)
 
     def submit(self, request: Request, listener: Callable[[Any], None] | None = None) -> FakeJob:
         job = FakeJob(request, listener)
-        self.jobs.append(job)
+        self.waiting.append(job)
         return job
 
     def cancel(self, job: FakeJob) -> None:
@@ -65,11 +67,12 @@ class FakeEngine:
         if self.gate is not None:
             self.gate.acquire()
         self.passes += 1
+        while self.waiting and len(self.jobs) < self.batch_size:
+            self.jobs.append(self.waiting.pop(0))
         if self.passes == self.break_at:
             raise RuntimeError("the engine fails, as a test asks")
-        running = self.jobs[: self.batch_size]
-        self.most = max(self.most, len(running))
-        for job in running:
+        self.most = max(self.most, len(self.jobs))
+        for job in list(self.jobs):
             self._write(job)
 
     def _write(self, job: FakeJob) -> None:
@@ -97,13 +100,18 @@ class FakeEngine:
 
     def _end(self, job: FakeJob, finish: str) -> None:
         job.done, job.generation.finish = True, finish  # type: ignore[assignment]
-        self.jobs.remove(job)
+        (self.jobs if job in self.jobs else self.waiting).remove(job)
 
 
 @contextmanager
-def server_here(engine: Any, tokenizer: MixedTokenizer, **settings: Any) -> Iterator[tuple[str, Service]]:
-    """A server in a thread of this process; its address and its service."""
-    service = Service(engine, tokenizer, ServerSettings(**{"model": MODEL, "batch_size": 4, **settings}))
+def server_here(
+    make_engine: Callable[[], Any],
+    tokenizer: MixedTokenizer,
+    gate: threading.Semaphore | None = None,
+    **settings: Any,
+) -> Iterator[tuple[str, Service]]:
+    """A server in a thread of this process; its address and its service. gate: that of the engines."""
+    service = Service(make_engine, tokenizer, ServerSettings(**{"model": MODEL, "batch_size": 4, **settings}))
     server = Server(service)
     with listen("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -111,7 +119,6 @@ def server_here(engine: Any, tokenizer: MixedTokenizer, **settings: Any) -> Iter
         try:
             yield f"http://127.0.0.1:{listening.getsockname()[1]}", service
         finally:
-            gate = getattr(engine, "gate", None)
             if gate is not None:
                 gate.release(10_000)
             server.handle_exit(0, None)

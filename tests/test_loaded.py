@@ -3,14 +3,18 @@
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import tidal_dist
+from tidal_dist import loaded
 from tidal_dist.errors import UserError
+from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.events import Block, Char, Text
 from tidal_dist.loaded import Tidal
 
@@ -93,14 +97,66 @@ class TestStream:
         assert found == expected
 
 
-def test_threads_may_share_it(tidal: Tidal):
-    def work(k: int) -> tuple:
-        generated = tidal.generate(PROMPTS[k % 3], max_bytes=12, temperature=1.0, seed=k)
-        return generated, tidal.score(PROMPTS[k % 3], " 46; 7")
+class TestThreads:
+    @staticmethod
+    def work(tidal: Tidal, k: int) -> tuple:
+        options = {"max_bytes": 12, "temperature": 1.0, "seed": k}
+        generated = tidal.generate(PROMPTS[k % 3], **options)
+        streamed = list(tidal.stream(PROMPTS[k % 3], **options))
+        return generated, streamed, tidal.score(PROMPTS[k % 3], " 46; 7")
 
-    expected = [work(k) for k in range(8)]
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(work, range(8))) == expected
+    @pytest.fixture
+    def in_turns(self, small_export: Path, monkeypatch: pytest.MonkeyPatch) -> Tidal:
+        """As on a GPU."""
+        monkeypatch.setattr(loaded, "_is_gpu", lambda _: True)
+        return tidal_dist.load(small_export, device="cpu")
+
+    @pytest.mark.parametrize("takes_turns", [False, True])
+    def test_all_get_what_they_get_alone(self, tidal: Tidal, in_turns: Tidal, takes_turns: bool):
+        shared = in_turns if takes_turns else tidal
+        inside, most = 0, 0
+
+        def enter(*_: Any) -> None:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.0005)  # so that others come in, if they may
+
+        def leave(*_: Any) -> None:
+            nonlocal inside
+            inside -= 1
+
+        expected = [self.work(tidal, k) for k in range(8)]
+        hooks = [shared.model.register_forward_pre_hook(enter), shared.model.register_forward_hook(leave)]
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(self.work, [shared] * 8, range(8))) == expected
+        for hook in hooks:
+            hook.remove()
+        assert (most == 1) == takes_turns
+
+    def test_a_stream_that_waits_for_its_reader_holds_nobody_up(self, in_turns: Tidal):
+        options = {"max_bytes": 24, "temperature": 1.0}
+        expected = in_turns.generate(PROMPTS[1], **options).text
+        stream = in_turns.stream(PROMPTS[1], **options)
+        first = next(stream)
+        assert in_turns.generate(PROMPTS[1], **options).text == expected
+        assert in_turns.score("12", " + 34").blocks
+        assert first + "".join(stream) == expected
+
+    def test_an_engine_is_used_again_only_if_its_text_is_finished(
+        self, in_turns: Tidal, monkeypatch: pytest.MonkeyPatch
+    ):
+        made: list[Engine] = []
+        monkeypatch.setattr(
+            in_turns, "engine", lambda: made.append(Engine(in_turns.model, in_turns.tokenizer)) or made[-1]
+        )
+        texts = [in_turns.generate(PROMPTS[1], max_bytes=12).text for _ in range(3)]
+        assert len(made) == len(set(texts)) == 1
+        stream = in_turns.stream(PROMPTS[1], max_bytes=12)
+        next(stream)
+        stream.close()
+        assert in_turns.generate(PROMPTS[1], max_bytes=12).text == texts[0]
+        assert len(made) == 2
 
 
 def test_score_takes_one_pair_or_several(tidal: Tidal):

@@ -18,7 +18,8 @@ from tidal_dist.doctor.oracle import Document, logits, loss, samples
 from tidal_dist.errors import UserError
 from tidal_dist.generation.decoder import Decoder
 from tidal_dist.generation.request import Limits
-from tidal_dist.generation.scoring import Score, Text, Window, score
+from tidal_dist.generation.scores import Score
+from tidal_dist.generation.scoring import Text, Window, score
 from tidal_dist.model.likelihood import bits_per_byte
 
 TOKENIZER = small_tokenizer()

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
@@ -10,11 +12,14 @@ import pytest
 import torch
 
 from tests.builders import small_tokenizer
-from tests.serving import HTTP, MODEL, client_of, server_here
+from tests.serving import HTTP, MODEL, client_of, server_here, until
 from tests.test_generation import lively_model
 from tidal_dist.generation.engine import Engine
+from tidal_dist.generation.events import Generation
 from tidal_dist.generation.request import Limits, Request
 from tidal_dist.generation.sampling import Sampling
+from tidal_dist.generation.scoring import score
+from tidal_dist.model.transformer import TidalTransformer
 
 TOKENIZER = small_tokenizer()
 PROMPT = "12 + 34 ="
@@ -29,7 +34,7 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def real(engine: Engine) -> Iterator[str]:
     limits = {"max_request_bytes": 100_000, "max_prompt_bytes": 2000, "max_bytes_limit": 80}
-    with server_here(engine, TOKENIZER, **limits) as (url, _):
+    with server_here(lambda: engine, TOKENIZER, **limits) as (url, _):
         yield url
 
 
@@ -133,6 +138,101 @@ class TestCompletions:
         assert len(answer.choices[0].text.encode()) <= 80
 
 
+class TestPrompts:
+    """`echo`: the prompt before the text, and how likely it is."""
+
+    PROMPTS = ("12 + 34 = 46", "un café 潮水退去", "")
+
+    def test_alone_it_is_answered_as_it_came(self, client: openai.OpenAI) -> None:
+        asked: dict[str, Any] = {"model": MODEL, "prompt": list(self.PROMPTS), "max_tokens": 0, "echo": True}
+        answer = client.completions.create(**asked, n=2)
+        assert [c.text for c in answer.choices] == [p for p in self.PROMPTS for _ in range(2)]
+        assert {(c.finish_reason, c.logprobs) for c in answer.choices} == {("length", None)}
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 0
+        pieces = [c for piece in client.completions.create(**asked, stream=True) for c in piece.choices]
+        assert "".join(c.text for c in pieces) == "".join(self.PROMPTS)
+
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("max_tokens", [0, 30])
+    def test_its_log_probabilities_are_its_score(self, client: openai.OpenAI, stream: bool, max_tokens: int) -> None:
+        asked: dict[str, Any] = {"model": MODEL, "prompt": list(self.PROMPTS), "temperature": 0, "logprobs": 2}
+        answer = client.completions.create(**asked, max_tokens=max_tokens, echo=True, stream=stream)
+        choices = [c for piece in answer for c in piece.choices] if stream else answer.choices
+        model = lively_model(6, torch.float32)
+        for index, prompt in enumerate(self.PROMPTS):
+            mine = [c for c in choices if c.index == index]
+            entries = [
+                entry
+                for c in mine
+                for entry in zip(
+                    c.logprobs.tokens,
+                    c.logprobs.token_logprobs,
+                    c.logprobs.top_logprobs,
+                    c.logprobs.text_offset,
+                    strict=True,
+                )
+            ]
+            text = "".join(c.text for c in mine)
+            of_prompt = [entry for entry in entries if entry[3] < len(prompt)]
+            (expected,) = score(model, TOKENIZER, "cpu", [("", prompt)])
+            assert sum(p for _, p, _, _ in of_prompt) == pytest.approx(expected.logprob, rel=1e-4)
+            assert len(of_prompt) == len(prompt.encode()) + len(expected.blocks)
+            assert all(text[o] == t for t, _, _, o in entries if len(t) == 1)
+            assert all(t in top and top[t] == p and len(top) >= 2 for t, p, top, _ in entries)
+            written = alone(prompt, Sampling(), Limits(30)) if max_tokens else Generation()
+            assert text == prompt + written.text
+            assert sum(p for _, p, _, o in entries if o >= len(prompt)) == pytest.approx(written.logprob, rel=1e-4)
+
+    def test_a_long_one_is_scored_between_the_passes_of_others(self, client: openai.OpenAI) -> None:
+        asked: dict[str, Any] = {"model": MODEL, "max_tokens": 20, "temperature": 0}
+        prompts = ["the tide runs out " * 100] * 8
+        with ThreadPoolExecutor(1) as pool:
+            judged = pool.submit(client.completions.create, **asked, prompt=prompts, echo=True, logprobs=0)
+            assert client.completions.create(**asked, prompt=PROMPT).choices[0].text
+            expected = prompts[0] + alone(prompts[0], Sampling(), Limits(20)).text
+            assert {c.text for c in judged.result().choices} == {expected}
+
+
+class TestFailure:
+    """A real model, some passes of which fail."""
+
+    @pytest.fixture
+    def model(self) -> TidalTransformer:
+        return lively_model(6, torch.float32)
+
+    @pytest.fixture
+    def url(self, model: TidalTransformer) -> Iterator[str]:
+        with server_here(partial(Engine, model, TOKENIZER, batch_size=4), TOKENIZER) as (url, _):
+            yield url
+
+    @pytest.mark.parametrize("fields", [{"n": 3}, {"stream": True}, {"echo": True, "logprobs": 0}])
+    def test_once(self, model: TidalTransformer, url: str, fields: dict[str, Any]) -> None:
+        def fail(*_: Any) -> None:
+            hook.remove()
+            raise torch.OutOfMemoryError("no memory for 3 GiB,\nas a test has it")
+
+        hook = model.register_forward_pre_hook(fail)
+        asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 20}
+        with pytest.raises(openai.APIError, match=r"a pass of the model has failed \(OutOfMemoryError\)") as caught:
+            list(client_of(url).completions.create(**asked | fields))
+        assert caught.value.code == "pass_failed"
+        text = client_of(url).completions.create(**asked).choices[0].text
+        assert text == alone(PROMPT, Sampling(), Limits(20)).text
+
+    def test_always(self, model: TidalTransformer, url: str) -> None:
+        def fail(*_: Any) -> None:
+            raise RuntimeError("the device is lost")
+
+        hook = model.register_forward_pre_hook(fail)
+        with pytest.raises(openai.InternalServerError, match="pass_failed"):
+            client_of(url).completions.create(model=MODEL, prompt="a")
+        until(lambda: HTTP.get(f"{url}/health").status_code == 503)
+        hook.remove()
+        with pytest.raises(openai.InternalServerError, match="restart the server"):
+            client_of(url).completions.create(model=MODEL, prompt="a")
+
+
 def tide_events(text: str) -> list[dict[str, Any]]:
     chunks = [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]
     return [c["tide"] for chunk in chunks for c in chunk["choices"] if "tide" in c]
@@ -154,7 +254,6 @@ def tide_events(text: str) -> list[dict[str, Any]]:
         ({"best_of": 2}, 422, "best_of"),
         ({"logprobs": 6}, 422, "logprobs"),
         ({"logprobs": True}, 422, "logprobs"),
-        ({"logprobs": 1, "echo": True}, 422, "echo"),
         ({"stop": ""}, 422, "stop"),
         ({"stop": ["a", ""]}, 422, "stop"),
         ({"stop": [1]}, 422, "stop"),

@@ -35,11 +35,21 @@ class Gated:
 
     def __init__(self, **settings: Any):
         self.gate = threading.Semaphore(0)
-        self.engine = FakeEngine(TOKENIZER, settings.get("batch_size", 4), self.gate)
+        self.engines: list[FakeEngine] = []
+        self.next_break_at = -1
         self._settings = settings
 
+    @property
+    def engine(self) -> FakeEngine:
+        return self.engines[-1]
+
+    def _make_engine(self) -> FakeEngine:
+        self.engines.append(FakeEngine(TOKENIZER, self._settings.get("batch_size", 4), self.gate))
+        self.engine.break_at = self.next_break_at
+        return self.engine
+
     def __enter__(self) -> "Gated":
-        self._context = server_here(self.engine, TOKENIZER, **self._settings)
+        self._context = server_here(self._make_engine, TOKENIZER, self.gate, **self._settings)
         self.url, self.service = self._context.__enter__()
         return self
 
@@ -102,7 +112,8 @@ class TestLoad:
             asked = pool.submit(here.ask, stream=stream)
             until(lambda: here.service.worker.texts == 1)
             time.sleep(0.3)
-            here.engine.jobs[0].listener = lambda _: None  # its first pass brings nothing
+            until(lambda: bool(here.engine.waiting))
+            here.engine.waiting[0].listener = lambda _: None  # its first pass brings nothing
             here.gate.release(10_000)
             response = asked.result()
             error = json.loads(response.text.removeprefix("data: ") if stream else response.text)["error"]
@@ -120,18 +131,44 @@ class TestLoad:
             assert choice["text"]
             assert FABLE.startswith(choice["text"])
 
-    def test_an_engine_that_fails_is_told_to_all(self, capfd: pytest.CaptureFixture[str]) -> None:
-        with Gated() as here, ThreadPoolExecutor(2) as pool:
+    def test_a_pass_that_fails_harms_only_the_requests_being_written(self, capfd: pytest.CaptureFixture[str]) -> None:
+        with Gated(batch_size=2, queue=4) as here, ThreadPoolExecutor(4) as pool:
             here.engine.break_at = 5
             asked, streamed = pool.submit(here.ask), pool.submit(here.ask, stream=True)
             until(lambda: here.service.worker.texts == 2)
+            waiting = [pool.submit(here.ask, n=2), pool.submit(here.ask, stream=True)]
+            until(lambda: here.service.worker.texts == 5)
+            here.gate.release(10_000)
+            error = asked.result().json()["error"]
+            assert (asked.result().status_code, error["code"], error["type"]) == (500, "pass_failed", "server_error")
+            assert "RuntimeError" in error["message"]
+            assert json.loads(streamed.result().text.split("data: ")[-1]) == {"error": error}
+            assert [c["text"] for c in waiting[0].result().json()["choices"]] == [FABLE] * 2
+            assert waiting[1].result().text.endswith("data: [DONE]\n\n")
+            assert HTTP.get(f"{here.url}/health").status_code == 200
+            assert metric(here.url, "tidal_failed_passes_total") == 1
+            assert here.service.worker.texts == 0
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(
+            "tidal serve: a pass has failed, and with it 2 of the requests: RuntimeError: the engine"
+        )
+
+    def test_where_a_new_engine_fails_too_everybody_is_told(self, capfd: pytest.CaptureFixture[str]) -> None:
+        with Gated(batch_size=1) as here, ThreadPoolExecutor(2) as pool:
+            here.engine.break_at, here.next_break_at = 5, 1
+            asked = pool.submit(here.ask)
+            until(lambda: here.service.worker.texts == 1)
+            streamed = pool.submit(here.ask, stream=True)
+            until(lambda: here.service.worker.texts == 2)
             assert HTTP.get(f"{here.url}/health").status_code == 200
             here.gate.release(10_000)
-            assert asked.result().status_code == 503
+            assert asked.result().status_code == 500
             assert '"code": "generation_failed"' in streamed.result().text
             until(lambda: HTTP.get(f"{here.url}/health").status_code == 503)
+            assert "restart the server" in HTTP.get(f"{here.url}/health").json()["status"]
             assert here.ask().status_code == 503
-        assert "the engine fails, as a test asks" in capfd.readouterr().err
+            assert metric(here.url, "tidal_failed_passes_total") == 2
+        assert "nothing can be written; restart the server: RuntimeError" in capfd.readouterr().err
 
     def test_a_request_that_the_engine_refuses_harms_no_other(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with Gated() as here:
@@ -173,7 +210,7 @@ class TestLoad:
 
 
 def test_half_a_body() -> None:
-    with server_here(FakeEngine(TOKENIZER, 4), TOKENIZER, body_seconds=0.2) as (url, _):
+    with server_here(lambda: FakeEngine(TOKENIZER, 4), TOKENIZER, body_seconds=0.2) as (url, _):
         sent(url, b'{"model": "small", "pro', length=200).close()
         connection = sent(url, b'{"model": "small", "pro', length=200)
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
@@ -183,7 +220,7 @@ def test_half_a_body() -> None:
 
 class TestKey:
     def test_the_api_needs_it_and_the_page_says_so(self) -> None:
-        with server_here(FakeEngine(TOKENIZER, 4), TOKENIZER, api_key="moon-9") as (url, _):
+        with server_here(lambda: FakeEngine(TOKENIZER, 4), TOKENIZER, api_key="moon-9") as (url, _):
             assert client_of(url, "moon-9").completions.create(model=MODEL, prompt="a").choices[0].text == FABLE
             for wrong in ("moon-8", "moon-9x", "ключ"):
                 headers = {"Authorization": f"Bearer {wrong}".encode()}
@@ -237,5 +274,5 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_service_can_be_made_without_a_loop() -> None:
-    service = Service(FakeEngine(TOKENIZER, 4), TOKENIZER, ServerSettings(MODEL))  # type: ignore[arg-type]
+    service = Service(lambda: FakeEngine(TOKENIZER, 4), TOKENIZER, ServerSettings(MODEL))  # type: ignore[arg-type]
     assert not service.worker.is_alive

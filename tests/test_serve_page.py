@@ -40,7 +40,7 @@ def engine(gate: threading.Semaphore) -> FakeEngine:
 
 @pytest.fixture
 def url(engine: FakeEngine) -> Iterator[str]:
-    with server_here(engine, small_tokenizer()) as (url, _):
+    with server_here(lambda: engine, small_tokenizer(), engine.gate) as (url, _):
         yield url
 
 

@@ -1,8 +1,10 @@
 """An exported model in a Python program: generate, stream, score."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypedDict, Unpack, overload
 
 import torch
@@ -17,7 +19,10 @@ from tidal_dist.generation.events import Event, Generation, Text
 from tidal_dist.generation.prompts import check_prompt
 from tidal_dist.generation.request import Limits, Request, requests_of
 from tidal_dist.generation.sampling import SAMPLING_NAMES, Sampling
-from tidal_dist.generation.scoring import Score, score
+from tidal_dist.generation.scores import Score
+from tidal_dist.generation.scoring import score
+
+_GPU_TURN = Lock()  # of all models: while one records a pass, nothing else in the process may use a GPU
 
 
 class Options(TypedDict, total=False):
@@ -50,7 +55,7 @@ class Options(TypedDict, total=False):
 class Tidal:
     """An exported model, ready to write and to judge text.
 
-    Several threads may use one at once: each call keeps what it computes to itself.
+    Several threads may use one at once: each call keeps what it computes to itself. On a GPU they take turns.
 
     Attributes:
         model: in evaluation mode, on `device`. tokenizer: its tokeniser. provenance: what it was trained on.
@@ -59,6 +64,9 @@ class Tidal:
     def __init__(self, exported: Exported, device: str = "cpu"):
         self.model, self.tokenizer, self.provenance = exported.model, exported.tokenizer, exported.provenance
         self.device = device
+        self._turn = _turn_on(device)
+        self._engines_kept = 1 if _is_gpu(device) else 0
+        self._idle: list[Engine] = []  # with the passes that they have recorded
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
@@ -98,7 +106,8 @@ class Tidal:
             raise UserError(f"n {n}: must be at least 1")
         given = [prompts] if isinstance(prompts, str) else list(prompts)
         requests = list(self.requests([prompt for prompt in given for _ in range(n or 1)], **options))
-        generations = list(self.engine().run(requests))
+        with self._lent_engine() as engine, self._turn:
+            generations = list(engine.run(requests))
         return generations[0] if isinstance(prompts, str) and n is None else generations
 
     @overload
@@ -120,12 +129,14 @@ class Tidal:
         return happened if events else (event.text for event in happened if isinstance(event, Text))
 
     def _events(self, request: Request) -> Iterator[Event]:
-        engine, events = self.engine(batch_size=1), list[Event]()
-        job = engine.submit(request, events.append)
-        while not job.done:
-            engine.step()
-            yield from events
-            events.clear()
+        events: list[Event] = []
+        with self._lent_engine() as engine:
+            job = engine.submit(request, events.append)
+            while not job.done:
+                with self._turn:
+                    engine.step()
+                yield from events
+                events.clear()
 
     @overload
     def score(self, context: str, continuation: str, *, ends: bool = False) -> Score: ...
@@ -146,15 +157,30 @@ class Tidal:
         Raises:
             UserError: a text is not UTF-8.
         """
-        if isinstance(context, str):
-            if continuation is None:
-                raise UserError("score takes a context and a continuation, or a list of such pairs")
-            return score(self.model, self.tokenizer, self.device, [(context, continuation)], ends)[0]
-        return score(self.model, self.tokenizer, self.device, context, ends)
+        if not isinstance(context, str):
+            return self._scores(context, ends)
+        if continuation is None:
+            raise UserError("score takes a context and a continuation, or a list of such pairs")
+        return self._scores([(context, continuation)], ends)[0]
+
+    def _scores(self, pairs: Sequence[tuple[str, str]], ends: bool) -> list[Score]:
+        with self._turn:
+            return score(self.model, self.tokenizer, self.device, pairs, ends)
 
     def engine(self, batch_size: int = DEFAULT_BATCH_SIZE) -> Engine:
-        """An engine without work, of one's own."""
+        """An engine without work, of one's own. On a GPU, no other thread may use the model while it makes a pass."""
         return Engine(self.model, self.tokenizer, self.device, batch_size)
+
+    @contextmanager
+    def _lent_engine(self) -> Iterator[Engine]:
+        """An engine for one call. One that failed, or whose text was left unfinished, is not used again."""
+        try:
+            engine = self._idle.pop()
+        except IndexError:
+            engine = self.engine()
+        yield engine
+        if len(self._idle) < self._engines_kept:
+            self._idle.append(engine)
 
     def requests(self, prompts: Sequence[str], **options: Unpack[Options]) -> Iterator[Request]:
         """A request for each prompt; the k-th draws with seed + k.
@@ -178,6 +204,14 @@ class Tidal:
         yield from requests_of(map(_checked, prompts, count()), like)
 
 
+def _is_gpu(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def _turn_on(device: str) -> AbstractContextManager[Any]:
+    return _GPU_TURN if _is_gpu(device) else nullcontext()
+
+
 def _checked(prompt: Any, number: int) -> str:
     if not isinstance(prompt, str):
         raise UserError(f"prompt {number}: a {type(prompt).__name__}; give a text")
@@ -190,5 +224,6 @@ def open_export(path: str | Path, device: str, dtype: str | torch.dtype | None) 
         raise UserError(f"dtype {dtype}: choose from {', '.join(DTYPES)}")
     found = available_device(device, "device")
     exported = load_export(path, DTYPES[dtype] if isinstance(dtype, str) else dtype)
-    exported.model.to(found)
+    with _turn_on(found):
+        exported.model.to(found)
     return Tidal(exported, found)

@@ -16,10 +16,10 @@ from datatrove.pipeline.readers.base import BaseDiskReader
 
 from data_pipeline.corpus import CorpusConfig, SourceFile
 from data_pipeline.documents import BadRecords, Document, ReadCounts, SideFile, count_reason, quiet_datatrove
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, one_line
 from data_pipeline.filters import apply_filters
 from data_pipeline.readers.records import BadRecordError, RecordParser, decode, parse_json
-from data_pipeline.readers.sources import BrokenFileError, cannot_read, filesystem_of, is_remote, one_line, open_source
+from data_pipeline.readers.sources import BrokenFileError, cannot_read, filesystem_of, is_remote, open_source
 
 
 @dataclass

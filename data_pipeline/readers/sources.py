@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch, fnmatchcase
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from data_pipeline.errors import CorpusError
+from data_pipeline.errors import CorpusError, one_line
 
 if TYPE_CHECKING:
     from data_pipeline.corpus import SourceConfig
@@ -303,8 +303,3 @@ def cannot_read(path: str, error: Exception) -> CorpusError:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def one_line(error: Exception) -> str:
-    """An exception's text without its line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__

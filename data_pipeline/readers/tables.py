@@ -10,9 +10,10 @@ from datatrove.pipeline.readers import ParquetReader
 from datatrove.pipeline.readers.csv import CsvReader
 
 from data_pipeline.documents import Document
+from data_pipeline.errors import one_line
 from data_pipeline.readers.formats import SourceReader
 from data_pipeline.readers.records import BadRecordError, decode
-from data_pipeline.readers.sources import BrokenFileError, one_line
+from data_pipeline.readers.sources import BrokenFileError
 
 _BATCH_BYTES = 1 << 24
 _BATCH_ROWS = 1024

@@ -14,9 +14,10 @@ from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 
 from data_pipeline.documents import Document
+from data_pipeline.errors import one_line
 from data_pipeline.readers.formats import Reading, SourceReader
 from data_pipeline.readers.records import BadRecordError
-from data_pipeline.readers.sources import BrokenFileError, one_line
+from data_pipeline.readers.sources import BrokenFileError
 
 _PAGES = ("text/html", "application/xhtml+xml")
 _RESPONSES = ("response", "conversion")  # what a server sent, and what was made of it: the records of WET files

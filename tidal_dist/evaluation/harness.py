@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from tidal_dist.errors import UserError
 from tidal_dist.generation.request import Request
-from tidal_dist.generation.scoring import Score, Window, check_window, score
+from tidal_dist.generation.scores import Score
+from tidal_dist.generation.scoring import Window, check_window, score
 from tidal_dist.loaded import Options, Tidal
 from tidal_dist.loading import load
 

@@ -3,10 +3,9 @@
 Text -> blocks -> one piece, or several where it is long -> rows of one batch -> one pass without a cache.
 """
 
-import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,8 +17,8 @@ from data_pipeline.pieces import Piece, piece_of_blocks, reverse_block, slot_cou
 from data_pipeline.segmentation import segment
 from data_pipeline.stream import batch_of
 from data_pipeline.tokenizer import EOB, EOS, MixedTokenizer
+from tidal_dist.generation.scores import BlockScore, Score
 from tidal_dist.generation.utf8 import allowed
-from tidal_dist.model.likelihood import bits_per_byte
 from tidal_dist.model.transformer import TidalTransformer
 
 Text = str | Sequence[str]  # or the blocks of one that is already segmented
@@ -42,51 +41,6 @@ DEFAULT_WINDOW = Window()
 
 
 @dataclass(frozen=True)
-class BlockScore:
-    """What a model says of one block.
-
-    Attributes:
-        logprobs: nats of each char, from the block's end to its start, and of the end mark.
-    """
-
-    text: str
-    logprobs: tuple[float, ...]
-
-    @property
-    def logprob(self) -> float:
-        """Nats of the block, its end mark included."""
-        return math.fsum(self.logprobs)
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a model says of a text after a context.
-
-    Attributes:
-        blocks: of the text, in reading order.
-        is_greedy: greedy decoding, held to well-formed UTF-8 as ever, would write just these blocks.
-    """
-
-    blocks: tuple[BlockScore, ...]
-    is_greedy: bool
-
-    @cached_property
-    def logprob(self) -> float:
-        """Nats of the text, all end marks included."""
-        return math.fsum(block.logprob for block in self.blocks)
-
-    @cached_property
-    def bytes(self) -> int:
-        """Bytes of the text."""
-        return sum(len(block.text.encode()) for block in self.blocks)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """As validation reports it: end marks count, and are no bytes."""
-        return bits_per_byte(-self.logprob, self.bytes)
-
-
-@dataclass(frozen=True)
 class _Part:
     """A piece of pair number `pair`; `is_open`: its last block's text may go on or end."""
 
@@ -101,7 +55,6 @@ class _Part:
         return slot_counts(self.piece.block_tokens, self.piece.block_bytes, self.piece.supervised_from)
 
 
-@torch.inference_mode()
 def score(
     model: TidalTransformer,
     tokenizer: MixedTokenizer,
@@ -111,34 +64,77 @@ def score(
     window: Window = DEFAULT_WINDOW,
     batch_slots: int = DEFAULT_BATCH_SLOTS,
 ) -> list[Score]:
-    """Log-likelihoods of texts, each after its context.
-
-    Context and text are cut into blocks apart, as a prompt and its answer are in training.
-
-    Args:
-        pairs: (context, text) each. A text without a block has the likelihood 1.
-        ends: the last block ends in `<eos>`: the likelihood of this text and no more. Otherwise in either end mark,
-            with the sum of their probabilities: the likelihood of all texts that begin with these blocks.
-        batch_slots: of tokens and chars together in one pass, which bounds the memory.
+    """Log-likelihoods of texts, each after its context; `Scoring` says what is meant by what.
 
     Raises:
         UserError: a text is not UTF-8, a block is empty or too long, or the window is too small.
     """
-    check_window(window, tokenizer)
-    parts = [part for i, pair in enumerate(pairs) for part in _parts(i, pair, tokenizer, ends, window)]
-    found: list[list[BlockScore]] = [[] for _ in pairs]
-    greedy = [True] * len(found)
-    was_training = model.training
-    model.eval()
-    scored: dict[int, tuple[list[BlockScore], bool]] = {}
-    for batch in _batches(parts, batch_slots):
-        scored.update(zip(batch, _score_batch(model, tokenizer, device, [parts[i] for i in batch]), strict=True))
-    model.train(was_training)
-    for i, part in enumerate(parts):
-        blocks, is_greedy = scored[i]
-        found[part.pair] += blocks
-        greedy[part.pair] &= is_greedy
-    return [Score(tuple(blocks), is_greedy) for blocks, is_greedy in zip(found, greedy, strict=True)]
+    scoring = Scoring(model, tokenizer, device, pairs, ends, window, batch_slots)
+    while not scoring.is_done:
+        scoring.step()
+    return scoring.scores()
+
+
+class Scoring:
+    """Finds log-likelihoods of texts pass by pass, for those who have something else to do between."""
+
+    def __init__(
+        self,
+        model: TidalTransformer,
+        tokenizer: MixedTokenizer,
+        device: torch.device | str,
+        pairs: Sequence[tuple[Text, Text]],
+        ends: bool = False,
+        window: Window = DEFAULT_WINDOW,
+        batch_slots: int = DEFAULT_BATCH_SLOTS,
+        alternatives: int = 0,
+    ):
+        """Lay the texts out.
+
+        Context and text are cut into blocks apart, as a prompt and its answer are in training.
+
+        Args:
+            pairs: (context, text) each. A text without a block has the likelihood 1.
+            ends: the last block ends in `<eos>`: the likelihood of this text and no more. Otherwise in either end mark,
+                with the sum of their probabilities: the likelihood of all texts that begin with these blocks.
+            batch_slots: of tokens and chars together in one pass, which bounds the memory.
+            alternatives: how many of the likeliest ids are reported with each char.
+
+        Raises:
+            UserError: a text is not UTF-8, a block is empty or too long, or the window is too small.
+        """
+        check_window(window, tokenizer)
+        self._model, self._tokenizer, self._device, self._alternatives = model, tokenizer, device, alternatives
+        self._parts = [part for i, pair in enumerate(pairs) for part in _parts(i, pair, tokenizer, ends, window)]
+        self._batches = deque(_batches(self._parts, batch_slots))
+        self._n_pairs = len(pairs)
+        self._scored: dict[int, tuple[list[BlockScore], bool]] = {}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no pass is left to make."""
+        return not self._batches
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One pass of the model."""
+        batch = self._batches.popleft()
+        was_training = self._model.training
+        self._model.eval()
+        parts = [self._parts[i] for i in batch]
+        found = _score_batch(self._model, self._tokenizer, self._device, parts, self._alternatives)
+        self._model.train(was_training)
+        self._scored.update(zip(batch, found, strict=True))
+
+    def scores(self) -> list[Score]:
+        """Those of all texts, once all passes are made."""
+        found: list[list[BlockScore]] = [[] for _ in range(self._n_pairs)]
+        greedy = [True] * self._n_pairs
+        for i, part in enumerate(self._parts):
+            blocks, is_greedy = self._scored[i]
+            found[part.pair] += blocks
+            greedy[part.pair] &= is_greedy
+        return [Score(tuple(blocks), is_greedy) for blocks, is_greedy in zip(found, greedy, strict=True)]
 
 
 def check_window(window: Window, tokenizer: MixedTokenizer) -> None:
@@ -203,7 +199,11 @@ def _batches(parts: Sequence[_Part], batch_slots: int) -> Iterator[list[int]]:
 
 
 def _score_batch(
-    model: TidalTransformer, tokenizer: MixedTokenizer, device: torch.device | str, parts: Sequence[_Part]
+    model: TidalTransformer,
+    tokenizer: MixedTokenizer,
+    device: torch.device | str,
+    parts: Sequence[_Part],
+    alternatives: int,
 ) -> list[tuple[list[BlockScore], bool]]:
     """The blocks' scores of each part, and whether they are what greedy decoding writes."""
     shape = max(part.slots[0] for part in parts), max(part.slots[1] for part in parts)
@@ -215,28 +215,49 @@ def _score_batch(
     nats = logits.log_softmax(dim=-1)
     either = torch.logaddexp(nats[..., EOB], nats[..., EOS])
     of_labels = nats.gather(2, batch.labels.clamp_min(0)[..., None])[..., 0]
-    rows_of = zip(parts, *(array.cpu().numpy() for array in (of_labels, either, logits)), strict=True)
+    likeliest = nats.topk(alternatives, dim=-1)
+    arrays = (of_labels, either, logits, likeliest.indices, likeliest.values)
+    rows_of = zip(parts, *(array.cpu().numpy() for array in arrays), strict=True)
     longest = tokenizer.segmentation.max_block_bytes
-    return [_of_part(part, nats_of, any_end, row, longest) for part, nats_of, any_end, row in rows_of]
+    return [_of_part(*row, longest) for row in rows_of]
 
 
 def _of_part(
-    part: _Part, of_labels: np.ndarray, either: np.ndarray, logits: np.ndarray, max_block_bytes: int
+    part: _Part,
+    of_labels: np.ndarray,
+    either: np.ndarray,
+    logits: np.ndarray,
+    likeliest: np.ndarray,
+    nats: np.ndarray,
+    max_block_bytes: int,
 ) -> tuple[list[BlockScore], bool]:
-    """Scores of the blocks of one row. of_labels, either: (C,) nats of the labels, of any end mark. logits: (C, V)."""
+    """Scores of the blocks of one row.
+
+    Args:
+        of_labels, either: (C,) nats of the labels, of any end mark. logits: (C, V).
+        likeliest, nats: (C, alternatives), the likeliest ids and their nats.
+    """
     scores, is_greedy, start = [], True, 0
     for number, block in enumerate(part.blocks):
         written = reverse_block(block.encode())
         end = start + len(written)
         ends_either_way = part.is_open and number == len(part.blocks) - 1
+        is_last = number == len(part.blocks) - 1 and part.piece.ends_document
         mark = either[end] if ends_either_way else of_labels[end]
-        scores.append(BlockScore(block, (*of_labels[start:end].tolist(), float(mark))))
+        at = slice(start, end + 1)
+        alternatives = _pairs(likeliest[at], nats[at]) if likeliest.size else ()
+        logprobs = (*of_labels[start:end].tolist(), float(mark))
+        scores.append(BlockScore(block, logprobs, EOS if is_last else EOB, alternatives))
         if is_greedy:
-            is_last = number == len(part.blocks) - 1 and part.piece.ends_document
             marks = {EOB, EOS} if ends_either_way else {EOS if is_last else EOB}
-            is_greedy = _is_greedy(written, marks, logits[start : end + 1], max_block_bytes)
+            is_greedy = _is_greedy(written, marks, logits[at], max_block_bytes)
         start = end + 1
     return scores, is_greedy
+
+
+def _pairs(ids: np.ndarray, nats: np.ndarray) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """Ids with their nats, both (c, alternatives)."""
+    return tuple(tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), nats.tolist(), strict=True))
 
 
 def _is_greedy(written: bytes, marks: set[int], logits: np.ndarray, max_block_bytes: int) -> bool:

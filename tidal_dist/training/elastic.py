@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.errors import one_line
 from tidal_dist.errors import CheckpointError
 from tidal_dist.training import engine as ds
 from tidal_dist.training.checkpoint import TrainingState, whole_tensors
@@ -48,7 +49,7 @@ def _fill(engine: Any, source: Source, checkpoint: Path) -> None:
             for target, whole in zip(part.tensors, source(part.name), strict=True):
                 target.copy_(whole.reshape(-1)[part.start : part.start + target.numel()])
     except (OSError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint}: its conversion cannot be read ({_one_line(error)})") from None
+        raise CheckpointError(f"{checkpoint}: its conversion cannot be read ({one_line(error)})") from None
 
 
 @contextmanager
@@ -114,7 +115,3 @@ def _check_conversion(process: "subprocess.Popen[str]", checkpoint: Path, folder
             f"{checkpoint}: cannot be converted to this number of ranks or stage ({lines[-1].strip()}); "
             "free space beside it, or resume with what it was saved with"
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

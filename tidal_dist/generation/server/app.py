@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from tidal_dist.generation.server.completions import Completion
-from tidal_dist.generation.server.errors import ApiError
+from tidal_dist.generation.server.errors import ApiError, broken
 from tidal_dist.generation.server.metrics import Metrics
 from tidal_dist.generation.server.reading import check_key, read_object, until_hung_up
 from tidal_dist.generation.server.schema import CompletionRequest, parse_request
@@ -123,7 +123,8 @@ def _add_rest(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         is_well = service.worker.is_alive
-        return JSONResponse({"status": "ok" if is_well else "generation has failed"}, 200 if is_well else 503)
+        status = "ok" if is_well else str(broken())
+        return JSONResponse({"status": status}, 200 if is_well else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 from data_pipeline.tokenizer import MixedTokenizer
@@ -13,7 +13,7 @@ from tidal_dist.generation.server import answers
 from tidal_dist.generation.server.errors import ApiError, stopping, timed_out
 from tidal_dist.generation.server.schema import MAX_SEED, CompletionRequest
 from tidal_dist.generation.server.settings import ServerSettings
-from tidal_dist.generation.server.stream import Event, Finished, Stream
+from tidal_dist.generation.server.stream import Event, Finished, Judged, Stream
 
 
 def check_limits(asked: CompletionRequest, settings: ServerSettings) -> None:
@@ -39,10 +39,13 @@ def check_limits(asked: CompletionRequest, settings: ServerSettings) -> None:
 
 def engine_requests(asked: CompletionRequest, constraint: Constraint | None, settings: ServerSettings) -> list[Request]:
     """Each prompt's n texts. Text i of all samples with `seed + i`."""
-    max_bytes = asked.max_tokens or min(DEFAULT_LIMITS.max_bytes, settings.max_bytes_limit)
+    stop = tuple(asked.stop)
+    if asked.max_tokens == 0:
+        limits = Limits(max_blocks=0)
+    else:
+        limits = Limits(asked.max_tokens or min(DEFAULT_LIMITS.max_bytes, settings.max_bytes_limit), stop=stop)
     seed = random.randrange(2**32) if asked.seed is None else asked.seed
     prompts = [prompt for prompt in asked.prompt for _ in range(asked.n)]
-    limits = Limits(max_bytes, stop=tuple(asked.stop))
     return [
         Request(prompt, _sampling(asked, (seed + i) % (MAX_SEED + 1)), limits, constraint, asked.logprobs or 0)
         for i, prompt in enumerate(prompts)
@@ -54,16 +57,22 @@ def _sampling(asked: CompletionRequest, seed: int) -> Sampling:
 
 
 class _Text:
-    """One of an answer's texts, as far as it is shown."""
+    """One of an answer's texts, behind its prompt where that is echoed, as far as it is shown."""
 
     def __init__(self, index: int, alternatives: int | None, tokenizer: MixedTokenizer):
-        self._index, self._shown = index, ""
+        self._index, self._prompt, self._shown = index, "", ""
         self._logprobs = None if alternatives is None else answers.Logprobs(tokenizer, alternatives)
 
-    def take_up(self, block: Block) -> None:
+    def begin_with(self, prompt: str, blocks: Iterable[Sequence[Char]] = ()) -> None:
+        """Echo a prompt, and keep its blocks' log-probabilities for when it is shown."""
+        self._prompt = prompt
+        for chars in blocks:
+            self.take_up(chars)
+
+    def take_up(self, chars: Sequence[Char]) -> None:
         """Keep a finished block's log-probabilities for when its text is shown."""
         if self._logprobs is not None:
-            self._logprobs.add(block.chars)
+            self._logprobs.add(chars)
 
     def show(self, text: str, finish: str | None = None) -> dict[str, Any]:
         """The next piece, as one of OpenAI's choices. `finish`: the engine's word, where it is the last."""
@@ -71,9 +80,13 @@ class _Text:
         logprobs = None if self._logprobs is None else self._logprobs.take(text)
         return answers.choice(self._index, text, logprobs, finish)
 
+    def show_prompt(self) -> dict[str, Any]:
+        """The first piece, where the prompt is echoed."""
+        return self.show(self._prompt)
+
     def show_rest(self, finished: Finished, stream: Stream) -> dict[str, Any]:
         """The last piece: what of the text has not been shown."""
-        last = self.show(finished.generation.text[len(self._shown) :], finished.finish)
+        last = self.show((self._prompt + finished.generation.text)[len(self._shown) :], finished.finish)
         return last | {"timing": answers.timing(stream.accepted, stream.begun.get(self._index))}
 
 
@@ -87,6 +100,10 @@ class Completion:
         self._head = answers.head(settings.model)
         self._written_bytes = 0
         self._finishes: list[str] = []
+        self._echoes_at_once = asked.echo and not asked.judges_prompt
+        if self._echoes_at_once:
+            for index, text in enumerate(self._texts):
+                text.begin_with(self._prompt(index))
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece.
@@ -97,15 +114,15 @@ class Completion:
         choices: dict[int, dict[str, Any]] = {}
         tides: list[list[dict[str, Any]]] = [[] for _ in self._texts]
         async for index, event in self.stream.events():
-            if isinstance(event, Block):
-                self._texts[index].take_up(event)
+            if isinstance(event, Judged):
+                self._texts[index].begin_with(self._prompt(index), event.blocks)
+            elif isinstance(event, Block):
+                self._texts[index].take_up(event.chars)
                 tides[index].append(answers.block_object(self._tokenizer, event, with_chars=True))
             elif isinstance(event, Finished):
                 self._count(event)
                 choices[index] = self._texts[index].show_rest(event, self.stream)
         for index, found in choices.items():
-            if self._asked.echo:
-                found["text"] = self._prompt(index) + found["text"]
             if self._asked.trace:
                 found["tide"] = tides[index]
         ordered = [choices[index] for index in sorted(choices)]
@@ -114,8 +131,9 @@ class Completion:
     async def pieces(self) -> AsyncIterator[str]:
         """The answer as server-sent events; an error is the last one."""
         try:
-            for index in range(len(self._texts)) if self._asked.echo else ():
-                yield self._chunk([answers.choice(index, self._prompt(index), None, None)])
+            if self._echoes_at_once:
+                for text in self._texts:
+                    yield self._chunk([text.show_prompt()])
             async for index, event in self.stream.events():
                 for piece in self._pieces_of(index, event):
                     yield self._chunk([piece])
@@ -137,8 +155,11 @@ class Completion:
             return [text.show_rest(event, self.stream)]
         if isinstance(event, Text):
             return [text.show(event.text)] if event.text else []
+        if isinstance(event, Judged):
+            text.begin_with(self._prompt(index), event.blocks)
+            return [text.show_prompt()]
         if isinstance(event, Block):
-            text.take_up(event)
+            text.take_up(event.chars)
         if not self._asked.trace or not isinstance(event, Block | Char):
             return []
         tide = answers.event_object(self._tokenizer, event)

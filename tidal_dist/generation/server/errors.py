@@ -36,8 +36,14 @@ def stopping() -> ApiError:
 
 
 def broken() -> ApiError:
-    """The generation thread has died."""
+    """The generation thread has ended, since no pass can be made any more."""
     return ApiError(503, "generation has failed; restart the server", code="generation_failed", kind="server_error")
+
+
+def pass_failed(kind: str) -> ApiError:
+    """The model failed while it wrote a request's texts. kind: of the exception."""
+    message = f"a pass of the model has failed ({kind}), and this request with it; the server goes on, so try again"
+    return ApiError(500, message, code="pass_failed", kind="server_error")
 
 
 def queue_full(texts: int, room: int) -> ApiError:

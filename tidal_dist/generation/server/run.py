@@ -4,6 +4,7 @@ import contextlib
 import resource
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -82,8 +83,9 @@ def serve(
     """
     with contextlib.closing(listen(host, port)) as listening:
         exported = load_export(export)
-        engine = Engine(exported.model.to(device), exported.tokenizer, device, settings.batch_size)
-        server = Server(Service(engine, exported.tokenizer, settings))
+        model = exported.model.to(device)
+        make_engine = partial(Engine, model, exported.tokenizer, device, settings.batch_size)
+        server = Server(Service(make_engine, exported.tokenizer, settings))
         announce(_url(listening))
         with _all_files():
             server.run(sockets=[listening])

@@ -29,7 +29,7 @@ class CompletionRequest(BaseModel):
 
     model: str
     prompt: list[str] = Field(default_factory=lambda: [""], min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=0)
     temperature: float = Field(default=1.0, ge=0.0, le=100.0)
     top_p: Probability = 1.0
     n: int = Field(default=1, ge=1)
@@ -84,9 +84,14 @@ class CompletionRequest(BaseModel):
             raise ValueError("regex: goes without choice")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: goes with stream only")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo: goes without logprobs; a prompt is not scored here")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 goes with echo only, since there is nothing else to answer")
         return self
+
+    @property
+    def judges_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are asked for."""
+        return self.echo and self.logprobs is not None
 
 
 def parse_request(data: Any) -> CompletionRequest:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.errors import UserError
@@ -19,9 +20,14 @@ from tidal_dist.generation.server.worker import Worker
 class Service:
     """One model, served. Belongs to the event loop."""
 
-    def __init__(self, engine: Engine, tokenizer: MixedTokenizer, settings: ServerSettings):
+    def __init__(self, make_engine: Callable[[], Engine], tokenizer: MixedTokenizer, settings: ServerSettings):
+        """A service without work.
+
+        Args:
+            make_engine: a new engine of the model, at the start and after a pass that failed.
+        """
         self.settings, self.metrics = settings, Metrics()
-        self.worker = Worker(engine, self.metrics, settings.max_texts)
+        self.worker = Worker(make_engine, self.metrics, settings.max_texts)
         self.started = int(time.time())
         self._tokenizer = tokenizer
 
@@ -38,7 +44,8 @@ class Service:
         stream = self.worker.submit(
             engine_requests(asked, constraint, self.settings),
             self.settings.timeout_seconds,
-            asked.stream and asked.trace,
+            wants_chars=asked.stream and asked.trace,
+            judges_prompts=asked.judges_prompt,
         )
         return Completion(asked, stream, self._tokenizer, self.settings)
 

@@ -20,6 +20,13 @@ class Begun:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """How likely a text's prompt is: each block's chars as they would be generated."""
+
+    blocks: tuple[tuple[Char, ...], ...]
+
+
+@dataclass(frozen=True)
 class Finished:
     """The end of a text. `finish`: that of the generation, or why it was cancelled: "timeout", "shutdown"."""
 
@@ -34,7 +41,7 @@ class Failed:
     error: ApiError
 
 
-Event = Char | Block | Text | Begun | Finished | Failed
+Event = Judged | Char | Block | Text | Begun | Finished | Failed
 
 
 class Stream:
@@ -46,8 +53,14 @@ class Stream:
         jobs, heard: the generation thread's: those in the engine, and the texts that have a char.
     """
 
-    def __init__(self, requests: Sequence[Request], wants_chars: bool, cancel: Callable[["Stream"], None]):
-        self.requests, self.wants_chars = requests, wants_chars
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        cancel: Callable[["Stream"], None],
+        wants_chars: bool,
+        judges_prompts: bool,
+    ):
+        self.requests, self.wants_chars, self.judges_prompts = requests, wants_chars, judges_prompts
         self.accepted = time.monotonic()
         self.begun: dict[int, Begun] = {}
         self.unfinished = set(range(len(requests)))

@@ -1,36 +1,30 @@
-"""The thread that owns the engine, and what an event loop sees of it.
+"""What an event loop sees of the generation thread.
 
 The loop hands commands over through a queue, on which the thread sleeps while it has nothing to write; the thread hands
 back what a pass has brought in one call to the loop. Nobody polls.
 """
 
 import asyncio
-import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from queue import Empty, SimpleQueue
 from threading import Thread
 
-from tidal_dist.errors import UserError
 from tidal_dist.generation.engine import Engine
-from tidal_dist.generation.events import Block, Char, Text
 from tidal_dist.generation.request import Request
-from tidal_dist.generation.server.errors import ApiError, broken, queue_full, stopping
+from tidal_dist.generation.server.errors import broken, queue_full, stopping
 from tidal_dist.generation.server.metrics import Metrics
-from tidal_dist.generation.server.stream import Begun, Event, Failed, Finished, Stream
-
-_Outbox = list[tuple[Stream, int, Event]]
+from tidal_dist.generation.server.stream import Begun, Failed, Finished, Stream
+from tidal_dist.generation.server.writer import Outbox, Writer
 
 
 class Worker:
-    """Feeds an engine from a thread of its own. All public methods belong to the event loop."""
+    """Has texts written in a thread of its own. All public methods belong to the event loop."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, max_texts: int):
+    def __init__(self, make_engine: Callable[[], Engine], metrics: Metrics, max_texts: int):
         self._metrics, self._max_texts = metrics, max_texts
-        self._writing = _Writing(engine, metrics, self._tell)
-        self._thread = Thread(target=self._writing.run, args=(self._bury,), name="generation", daemon=True)
+        self._writer = Writer(make_engine, metrics, self._tell)
+        self._thread = Thread(target=self._writer.run, args=(self._bury,), name="generation", daemon=True)
         self._streams: set[Stream] = set()
         self._is_closed = self._is_dead = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -43,7 +37,7 @@ class Worker:
     async def stop(self, seconds: float) -> None:
         """End the thread after its present pass; wait so long for it."""
         self._is_closed = True
-        self._writing.commands.put(self._writing.end)
+        self._writer.commands.put(self._writer.end)
         await asyncio.to_thread(self._thread.join, seconds)
 
     @property
@@ -69,17 +63,24 @@ class Worker:
         if self.texts + texts > self._max_texts:
             raise queue_full(self.texts, self._max_texts)
 
-    def submit(self, requests: Sequence[Request], seconds: float, wants_chars: bool = False) -> Stream:
+    def submit(
+        self, requests: Sequence[Request], seconds: float, wants_chars: bool = False, judges_prompts: bool = False
+    ) -> Stream:
         """Take up the texts of a request, all or none; what is not finished after so many seconds ends there.
+
+        Args:
+            wants_chars: each `Char` is told as it is written. judges_prompts: so is, first, how likely each prompt is.
 
         Raises:
             ApiError: as `check_open`.
         """
         self.check_open(len(requests))
-        stream = Stream(requests, wants_chars, lambda s: self._writing.commands.put(partial(self._writing.leave, s)))
+        stream = Stream(
+            requests, lambda s: self._writer.commands.put(partial(self._writer.leave, s)), wants_chars, judges_prompts
+        )
         stream.timer = asyncio.get_running_loop().call_later(seconds, stream.cancel, "timeout")
         self._streams.add(stream)
-        self._writing.commands.put(partial(self._writing.enter, stream))
+        self._writer.commands.put(partial(self._writer.enter, stream))
         self._show()
         return stream
 
@@ -102,7 +103,7 @@ class Worker:
         for stream in streams:
             stream.cancel("shutdown")
 
-    def _tell(self, outbox: _Outbox) -> None:
+    def _tell(self, outbox: Outbox) -> None:
         """Called by the thread."""
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._deliver, outbox)
@@ -112,7 +113,7 @@ class Worker:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._refuse_the_rest)
 
-    def _deliver(self, outbox: _Outbox) -> None:
+    def _deliver(self, outbox: Outbox) -> None:
         for stream, index, event in outbox:
             if isinstance(event, Begun):
                 stream.begun[index] = event
@@ -143,104 +144,3 @@ class Worker:
         running = sum(len(stream.begun.keys() & stream.unfinished) for stream in self._streams)
         self._metrics.running.set(running)
         self._metrics.waiting.set(self.texts - running)
-
-
-class _Writing:
-    """What the thread does."""
-
-    def __init__(self, engine: Engine, metrics: Metrics, tell: Callable[[_Outbox], None]):
-        self.commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._engine, self._metrics, self._tell = engine, metrics, tell
-        self._streams: set[Stream] = set()
-        self._outbox: _Outbox = []
-        self._is_ending = False
-        self._pass_began = 0.0
-
-    def run(self, bury: Callable[[], None]) -> None:
-        """Obey and write until told to end, or until the engine fails."""
-        try:
-            while not self._is_ending:
-                self._obey()
-                self._write()
-        except Exception:
-            traceback.print_exc(file=sys.stderr)
-        finally:
-            bury()
-
-    def _write(self) -> None:
-        if self._engine.has_work:
-            self._pass_began = time.monotonic()
-            self._engine.step()
-            self._metrics.passes.inc()
-        for stream in list(self._streams):
-            self._see_who_is_done(stream)
-        if self._outbox:
-            outbox, self._outbox = self._outbox, []
-            self._tell(outbox)
-
-    def _obey(self) -> None:
-        """Do what was commanded; sleep where there is nothing else to do."""
-        if not self._engine.has_work:
-            self.commands.get()()
-        for command in self.left_commands():
-            command()
-
-    def left_commands(self) -> list[Callable[[], None]]:
-        """What was commanded and not yet done."""
-        commands = []
-        while True:
-            try:
-                commands.append(self.commands.get_nowait())
-            except Empty:
-                return commands
-
-    def end(self) -> None:
-        """Command: end."""
-        self._is_ending = True
-
-    def enter(self, stream: Stream) -> None:
-        """Command: take up a request's texts."""
-        self._streams.add(stream)
-        try:
-            for index, request in enumerate(stream.requests):
-                stream.jobs[index] = self._engine.submit(request, partial(self._hear, stream, index))
-        except Exception as error:
-            self._fail(stream, error)
-
-    def leave(self, stream: Stream) -> None:
-        """Command: let go of a request's texts."""
-        for job in stream.jobs.values():
-            if not job.done:
-                self._engine.cancel(job)
-
-    def _fail(self, stream: Stream, error: Exception) -> None:
-        if not isinstance(error, UserError):
-            traceback.print_exception(error, file=sys.stderr)
-        told = ApiError(422, str(error)) if isinstance(error, UserError) else broken()
-        self.leave(stream)
-        stream.jobs.clear()
-        self._streams.discard(stream)
-        self._outbox += [(stream, index, Failed(told)) for index in range(len(stream.requests))]
-
-    def _hear(self, stream: Stream, index: int, event: Char | Block | Text) -> None:
-        if not isinstance(event, Char):
-            self._outbox.append((stream, index, event))
-            return
-        if index not in stream.heard:
-            stream.heard.add(index)
-            self._outbox.append((stream, index, Begun(self._pass_began, time.monotonic())))
-        if event.id < 256:
-            self._metrics.bytes.inc()
-        if stream.wants_chars:
-            self._outbox.append((stream, index, event))
-
-    def _see_who_is_done(self, stream: Stream) -> None:
-        for index, job in list(stream.jobs.items()):
-            if job.done:
-                del stream.jobs[index]
-                finish: str = job.generation.finish
-                if finish == "cancelled" and stream.cancelled_for:
-                    finish = stream.cancelled_for
-                self._outbox.append((stream, index, Finished(job.generation, finish)))
-        if not stream.jobs:
-            self._streams.discard(stream)
