@@ -2,6 +2,7 @@
 
 import random
 import re
+import tracemalloc
 from collections.abc import Iterator
 from itertools import product
 
@@ -190,6 +191,14 @@ class TestBadPatterns:
                 choice_constraint(choices, 8)
         with pytest.raises(UserError, match="more than"):
             choice_constraint([f"{i:05} is a number" for i in range(2000)], 8)
+
+    def test_one_choice_that_is_far_too_long_takes_no_memory(self):
+        tracemalloc.start()
+        with pytest.raises(UserError, match="more than"):
+            choice_constraint(["x" * 20_000], 8)  # all its beginnings are 200 MB
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 100_000_000
 
 
 def test_patterns_are_compiled_where_they_can_be_stopped(monkeypatch: pytest.MonkeyPatch):

@@ -147,9 +147,12 @@ class TestThreads:
         self, in_turns: Tidal, monkeypatch: pytest.MonkeyPatch
     ):
         made: list[Engine] = []
-        monkeypatch.setattr(
-            in_turns, "engine", lambda: made.append(Engine(in_turns.model, in_turns.tokenizer)) or made[-1]
-        )
+
+        def make() -> Engine:
+            made.append(Engine(in_turns.model, in_turns.tokenizer))
+            return made[-1]
+
+        monkeypatch.setattr(in_turns, "engine", make)
         texts = [in_turns.generate(PROMPTS[1], max_bytes=12).text for _ in range(3)]
         assert len(made) == len(set(texts)) == 1
         stream = in_turns.stream(PROMPTS[1], max_bytes=12)

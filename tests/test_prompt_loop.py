@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +110,7 @@ def loop(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
     """Gives lines to a loop over a real engine; what it shows."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("TERM", "dumb")
-    engine = Engine(lively_model(6, torch.float32), TOKENIZER)
+    make_engine = partial(Engine, lively_model(6, torch.float32), TOKENIZER)
 
     def run(*lines: str, texts: int = 1) -> str:
         given_lines = iter(lines)
@@ -120,10 +122,10 @@ def loop(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
             return line
 
         monkeypatch.setattr("builtins.input", read)
-        PromptLoop(engine, Request("", limits=Limits(20)), texts, False, sys.stdout, False).run()
+        PromptLoop(run.make_engine, Request("", limits=Limits(20)), texts, False, sys.stdout, False).run()
         return capsys.readouterr().out
 
-    run.engine = engine  # type: ignore[attr-defined]
+    run.make_engine, run.engine = make_engine, make_engine()  # type: ignore[attr-defined]
     return run
 
 
@@ -165,6 +167,23 @@ class TestCommands:
     )
     def test_lines_that_are_no_prompt(self, loop, line: str, expected: str) -> None:
         assert expected in loop(line)
+
+    @pytest.mark.parametrize(
+        ("error", "told"),
+        [(KeyboardInterrupt(), ""), (torch.OutOfMemoryError("no memory\nfor 3 GiB"), "error: no memory for 3 GiB; a")],
+    )
+    def test_after_a_pass_that_was_broken_off(self, loop, error: BaseException, told: str) -> None:
+        model, passes = loop.engine.model, iter(range(10**6))
+
+        def fail(*_: Any) -> None:
+            if next(passes) == 3:
+                hook.remove()
+                raise error
+
+        hook = model.register_forward_pre_hook(fail)
+        shown = loop("ab", "12 + 34 =")
+        assert told in shown
+        assert shown.rstrip().endswith(visible(f"12 + 34 ={alone(loop.engine, '12 + 34 =')}"))
 
     def test_quit(self, loop) -> None:
         assert "ab" not in loop("/quit", "ab")

@@ -133,6 +133,12 @@ class TestCompletions:
                 assert sum(t["bytes"] for t in event["tokens"]) == len(event["text"].encode())
                 chars, number = [], number + 1
 
+    def test_the_lowest_temperature_is_greedy(self, client: openai.OpenAI) -> None:
+        asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 20}
+        for temperature in (1e-300, 5e-324):
+            text = client.completions.create(**asked, temperature=temperature).choices[0].text
+            assert text == alone(PROMPT, Sampling(), Limits(20)).text
+
     def test_a_text_as_long_as_allowed(self, client: openai.OpenAI) -> None:
         answer = client.completions.create(model=MODEL, prompt="a" * 2000, max_tokens=80, temperature=0)
         assert len(answer.choices[0].text.encode()) <= 80
@@ -225,7 +231,7 @@ class TestFailure:
             raise RuntimeError("the device is lost")
 
         hook = model.register_forward_pre_hook(fail)
-        with pytest.raises(openai.InternalServerError, match="pass_failed"):
+        with pytest.raises(openai.InternalServerError, match="a pass of the model has failed"):
             client_of(url).completions.create(model=MODEL, prompt="a")
         until(lambda: HTTP.get(f"{url}/health").status_code == 503)
         hook.remove()
@@ -257,6 +263,7 @@ def tide_events(text: str) -> list[dict[str, Any]]:
         ({"stop": ""}, 422, "stop"),
         ({"stop": ["a", ""]}, 422, "stop"),
         ({"stop": [1]}, 422, "stop"),
+        ({"stop": "x" * 1001}, 422, "stop"),
         ({"seed": -1}, 422, "seed"),
         ({"presence_penalty": 0.5}, 422, "presence_penalty"),
         ({"frequency_penalty": -0.5}, 422, "frequency_penalty"),

@@ -19,6 +19,7 @@ from tests.builders import small_tokenizer
 from tests.launching import tidal_error
 from tests.serving import FABLE, HTTP, MODEL, FakeEngine, client_of, sent, server_here, until
 from tidal_dist.errors import UserError
+from tidal_dist.generation.server import service
 from tidal_dist.generation.server.service import Service
 from tidal_dist.generation.server.settings import ServerSettings, read_api_key
 
@@ -92,6 +93,27 @@ class TestLoad:
             here.gate.release(10_000)
             assert [c["text"] for c in first.result().json()["choices"]] == [FABLE] * 3
             assert last.result().status_code == 200
+
+    def test_texts_whose_constraint_is_being_made_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        go = threading.Event()
+        monkeypatch.setattr(service, "constraint_of", lambda *_: go.wait(30) and None)
+        with Gated(batch_size=2, queue=2, timeout_seconds=20) as here, ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(here.ask, choice=["a"], n=2) for _ in range(2)]
+            until(lambda: here.service._held_texts == 4)
+            assert here.ask().status_code == 429
+            go.set()
+            here.gate.release(10_000)
+            assert [a.result().status_code for a in asked] == [200, 200]
+
+    def test_a_constraint_is_not_waited_for_longer_than_a_request_may_take(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        go = threading.Event()
+        monkeypatch.setattr(service, "constraint_of", lambda *_: go.wait(30) and None)
+        with Gated(timeout_seconds=0.1) as here:
+            response = here.ask(regex="a")
+            go.set()
+            assert (response.status_code, response.json()["error"]["code"]) == (408, "timeout")
 
     def test_who_hangs_up_is_written_for_no_longer(self) -> None:
         with Gated() as here:

@@ -4,7 +4,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,12 +95,12 @@ def generate(arguments: argparse.Namespace) -> int:
     constraint = _constraint(arguments, exported.tokenizer.segmentation.max_block_bytes)
     device = available_device(arguments.device, "--device")
     draft = LookUp() if arguments.draft else None
-    engine = Engine(exported.model.to(device), exported.tokenizer, device, arguments.batch_size, draft)
+    make_engine = partial(Engine, exported.model.to(device), exported.tokenizer, device, arguments.batch_size, draft)
     request = _request(arguments, constraint)
     if asks:
-        _ask(engine, request, arguments)
+        _ask(make_engine, request, arguments)
     else:
-        _print_all(engine, request, prompts, arguments)
+        _print_all(make_engine(), request, prompts, arguments)
     return 0
 
 
@@ -149,11 +150,11 @@ def _print_all(engine: "Engine", request: "Request", prompts: Sequence[str], arg
             print(as_text(prompt, result, arguments.trace), flush=True)
 
 
-def _ask(engine: "Engine", request: "Request", arguments: argparse.Namespace) -> None:
+def _ask(make_engine: "Callable[[], Engine]", request: "Request", arguments: argparse.Namespace) -> None:
     from tidal_dist.generation.prompt_loop import PromptLoop
 
     has_colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
-    PromptLoop(engine, request, arguments.n, arguments.trace, sys.stdout, has_colour).run()
+    PromptLoop(make_engine, request, arguments.n, arguments.trace, sys.stdout, has_colour).run()
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

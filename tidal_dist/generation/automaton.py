@@ -130,9 +130,11 @@ def automaton_of_choices(choices: Sequence[str]) -> Automaton:
         texts = [choice.encode() for choice in choices]
     except UnicodeEncodeError:
         raise UserError("a choice is not UTF-8; mend it") from None
-    prefixes = {text[:end] for text in texts for end in range(len(text) + 1)}
-    if len(prefixes) > MAX_STATES:
-        raise UserError(f"the choices need more than {MAX_STATES} states; give fewer or shorter ones")
+    prefixes = set[bytes]()
+    for text in texts:
+        prefixes.update(text[:end] for end in range(min(len(text), MAX_STATES) + 1))
+        if len(prefixes) > MAX_STATES:
+            raise UserError(f"the choices need more than {MAX_STATES} states; give fewer or shorter ones")
     number = {prefix: state for state, prefix in enumerate(sorted(prefixes))}
     edges = np.array([(number[p[:-1]], p[-1], state) for p, state in number.items() if p], np.int64).reshape(-1, 3)
     return _not_empty(_trimmed(0, edges, [number[text] for text in texts]), "the list of choices")

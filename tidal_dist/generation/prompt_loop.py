@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_pipeline.errors import one_line
 from tidal_dist.errors import UserError
 from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.prompts import check_prompt
@@ -35,13 +36,21 @@ class PromptLoop:
     """Reads prompts and commands until the user leaves.
 
     Args:
+        make_engine: a new engine of the model, at the start and where a pass was broken off.
         request: whose prompt is replaced by each line. texts: how many for each prompt; they count on from the seed.
     """
 
     def __init__(
-        self, engine: Engine, request: Request, texts: int, shows_trace: bool, stream: TextIO, has_colour: bool
+        self,
+        make_engine: Callable[[], Engine],
+        request: Request,
+        texts: int,
+        shows_trace: bool,
+        stream: TextIO,
+        has_colour: bool,
     ):
-        self._engine, self._request, self._texts, self._shows_trace = engine, request, texts, shows_trace
+        self._make_engine, self._engine = make_engine, make_engine()
+        self._request, self._texts, self._shows_trace = request, texts, shows_trace
         self._stream, self._has_colour = stream, has_colour
 
     def run(self) -> None:
@@ -53,6 +62,8 @@ class PromptLoop:
                     self._obey(_read_line(remember))
                 except UserError as error:
                     self._say(f"error: {error}")
+                except RuntimeError as error:  # PyTorch's, as where memory is short
+                    self._say(f"\nerror: {visible(one_line(error), is_line=True)}; a shorter prompt may do")
                 except KeyboardInterrupt:
                     self._say("")
                 except (EOFError, _Leave):
@@ -105,11 +116,15 @@ class PromptLoop:
         line = TideLine(self._stream, _width, os.environ.get("TERM", "dumb") != "dumb", self._has_colour)
         line.begin(str(request.prompt))
         job = self._engine.submit(request, line.hear)
-        with _interrupts() as is_interrupted:
-            while not job.done:
-                self._engine.step()
-                if is_interrupted():
-                    self._engine.cancel(job)
+        try:
+            with _interrupts() as is_interrupted:
+                while not job.done:
+                    self._engine.step()
+                    if is_interrupted():
+                        self._engine.cancel(job)
+        except BaseException:  # amid a pass: the text is not to go on beside the next one
+            self._engine = self._make_engine()
+            raise
         notes = {"cancelled": "stopped", "length": f"{request.limits.max_bytes} bytes are the longest"}
         line.end(notes.get(job.generation.finish, ""))
         if self._shows_trace:

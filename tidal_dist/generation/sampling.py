@@ -48,7 +48,9 @@ def choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) 
     """One id from logits (V,); excluded ids have -inf. Draws one random number, or none at temperature 0."""
     if sampling.temperature == 0.0:
         return int(logits.argmax())
-    kept = keep(logits.astype(np.float64) / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    with np.errstate(over="ignore"):  # at the lowest temperatures all but the likeliest become -inf
+        scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
+    kept = keep(scaled, sampling.top_k, sampling.top_p, sampling.min_p)
     totals = np.exp(kept - kept.max()).cumsum()
     return int(np.searchsorted(totals, random.random() * totals[-1], side="right"))
 

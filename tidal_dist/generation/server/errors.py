@@ -42,7 +42,7 @@ def broken() -> ApiError:
 
 def pass_failed(kind: str) -> ApiError:
     """The model failed while it wrote a request's texts. kind: of the exception."""
-    message = f"a pass of the model has failed ({kind}), and this request with it; the server goes on, so try again"
+    message = f"a pass of the model has failed ({kind}), and this request with it; try again"
     return ApiError(500, message, code="pass_failed", kind="server_error")
 
 

@@ -11,6 +11,7 @@ MAX_SEED = 2**62
 _MAX_STOPS = 16
 _REFUSED = "not supported; leave it out"
 
+StopString = Annotated[str, Field(max_length=1000)]
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -37,7 +38,7 @@ class CompletionRequest(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     logprobs: int | None = Field(default=None, ge=0, le=5)
-    stop: list[str] = Field(default_factory=list, max_length=_MAX_STOPS)
+    stop: list[StopString] = Field(default_factory=list, max_length=_MAX_STOPS)
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     echo: bool = False
     presence_penalty: float = Field(default=0.0, ge=0.0, le=0.0)

@@ -10,7 +10,7 @@ from tidal_dist.generation.constraint import constraint_of
 from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.request import Constraint
 from tidal_dist.generation.server.completions import Completion, check_limits, engine_requests
-from tidal_dist.generation.server.errors import ApiError
+from tidal_dist.generation.server.errors import ApiError, timed_out
 from tidal_dist.generation.server.metrics import Metrics
 from tidal_dist.generation.server.schema import CompletionRequest
 from tidal_dist.generation.server.settings import ServerSettings
@@ -30,6 +30,7 @@ class Service:
         self.worker = Worker(make_engine, self.metrics, settings.max_texts)
         self.started = int(time.time())
         self._tokenizer = tokenizer
+        self._held_texts = 0  # whose constraint is being made
 
     async def complete(self, asked: CompletionRequest) -> Completion:
         """Begin to answer.
@@ -38,9 +39,13 @@ class Service:
             ApiError: it asks for too much (400, 404, 422), or not now (429, 503).
         """
         check_limits(asked, self.settings)
-        self.worker.check_open(len(asked.prompt) * asked.n)
-        is_held = asked.regex is not None or asked.choice is not None
-        constraint = await asyncio.to_thread(self._constraint, asked) if is_held else None
+        texts = len(asked.prompt) * asked.n
+        self.worker.check_open(texts + self._held_texts)
+        self._held_texts += texts
+        try:
+            constraint = await self._constraint(asked)
+        finally:
+            self._held_texts -= texts
         stream = self.worker.submit(
             engine_requests(asked, constraint, self.settings),
             self.settings.timeout_seconds,
@@ -53,9 +58,16 @@ class Service:
         """Take nothing up any more; for a signal's handler, so on the loop's own time."""
         self.worker.close_soon(self.settings.grace_seconds)
 
-    def _constraint(self, asked: CompletionRequest) -> Constraint | None:
+    async def _constraint(self, asked: CompletionRequest) -> Constraint | None:
+        """What the texts are held to. An expression can take seconds, in a thread that is not waited for any longer."""
+        if asked.regex is None and asked.choice is None:
+            return None
+        most = self._tokenizer.segmentation.max_block_bytes
         try:
-            return constraint_of(asked.regex, asked.choice, self._tokenizer.segmentation.max_block_bytes)
+            async with asyncio.timeout(self.settings.timeout_seconds):
+                return await asyncio.to_thread(constraint_of, asked.regex, asked.choice, most)
+        except TimeoutError:
+            raise timed_out(self.settings.timeout_seconds) from None
         except UserError as error:
             field = "regex" if asked.choice is None else "choice"
             raise ApiError(422, f"{field}: {error}", field) from None

@@ -23,6 +23,7 @@ from tidal_dist.generation.server.metrics import Metrics
 from tidal_dist.generation.server.stream import Begun, Event, Failed, Finished, Judged, Stream
 
 Outbox = list[tuple[Stream, int, Event]]
+_SCORED_SLOTS = 4096  # of tokens and chars in a pass, so that those who are being written for do not wait long
 _PROBE = Request("", limits=Limits(max_bytes=1, max_blocks=1))
 
 
@@ -161,7 +162,12 @@ class Writer:
         engine, pairs = self._engine, [("", prompt) for prompt in _prompts(stream)]
         try:
             scoring = Scoring(
-                engine.model, engine.tokenizer, engine.device, pairs, alternatives=stream.requests[0].alternatives
+                engine.model,
+                engine.tokenizer,
+                engine.device,
+                pairs,
+                batch_slots=_SCORED_SLOTS,
+                alternatives=stream.requests[0].alternatives,
             )
         except Exception as error:
             self._refuse_for(stream, error)
