@@ -10,6 +10,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -34,7 +35,7 @@ class Load:
     texts: int = 0
     bytes: int = 0
     other: int = 0
-    errors: list[str] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
     queued: list[float] = field(default_factory=list)
     first_byte: list[float] = field(default_factory=list)
     first_text: list[float] = field(default_factory=list)
@@ -78,7 +79,7 @@ async def ask_until(
         try:
             text = await stream(client, asked[which], load)
         except (openai.OpenAIError, OSError) as error:
-            load.errors.append(repr(error))
+            load.errors[f"{error!r} from {error.__cause__!r}"] += 1
             continue
         load.texts += 1
         load.bytes += len(text.encode())
@@ -113,7 +114,8 @@ async def measure(url: str, pid: int, model: str, arguments: argparse.Namespace)
     return {
         "clients": arguments.clients,
         "seconds": round(seconds, 1),
-        "errors": len(load.errors),
+        "errors": load.errors.total(),
+        "kinds_of_errors": dict(load.errors),
         "texts": load.texts,
         "other_than_alone": load.other,
         "bytes_per_second": round(load.bytes / seconds),
@@ -158,7 +160,12 @@ def main() -> None:
             write_random_export(export)
         options = ["--batch-size", str(arguments.batch_size), "--model-name", "model"]
         with server_process(export, *options) as (url, process):
-            print(json.dumps(asyncio.run(measure(url, process.pid, "model", arguments)), indent=1))
+            found = asyncio.run(measure(url, process.pid, "model", arguments))
+            process.terminate()
+            process.wait()
+            assert process.stderr is not None
+            found["server_said"] = process.stderr.read().splitlines()[1:]  # the first names its address
+            print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.tokenizer import EOB
@@ -77,6 +77,7 @@ class TestTideLine:
         st.lists(st.text(st.sampled_from("ab 潮👍\né"), min_size=1, max_size=8), max_size=12),
         st.integers(8, 20),
     )
+    @example("aaaaaaaa", ["\n", "\na"], 8)
     @settings(max_examples=150)
     def test_whatever_is_written_nothing_is_left_of_how(self, prompt: str, blocks: list[str], width: int) -> None:
         terminal = Terminal(width, height=40)

@@ -54,9 +54,8 @@ class TideLine:
 
     def _append(self, text: str, colour: str) -> None:
         shown, width = visible(text), self._width()
-        if self._has_wrapped:  # where a newline would leave a line empty
-            shown = shown.removeprefix("\n")
-        self._has_wrapped = self._has_wrapped and not shown
+        if self._has_wrapped and shown:  # where the first newline would leave a line empty
+            shown, self._has_wrapped = shown.removeprefix("\n"), False
         for character in shown:
             cells = 0 if character == "\n" else columns(character)
             self._column = 0 if character == "\n" or self._column + cells > width else self._column
