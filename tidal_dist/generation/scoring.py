@@ -217,19 +217,19 @@ def _score_batch(
     of_labels = nats.gather(2, batch.labels.clamp_min(0)[..., None])[..., 0]
     likeliest = nats.topk(alternatives, dim=-1)
     arrays = (of_labels, either, logits, likeliest.indices, likeliest.values)
-    rows_of = zip(parts, *(array.cpu().numpy() for array in arrays), strict=True)
     longest = tokenizer.segmentation.max_block_bytes
-    return [_of_part(*row, longest) for row in rows_of]
+    rows_of = zip(*(array.cpu().numpy() for array in arrays), strict=True)
+    return [_of_part(part, longest, *row) for part, row in zip(parts, rows_of, strict=True)]
 
 
 def _of_part(
     part: _Part,
+    max_block_bytes: int,
     of_labels: np.ndarray,
     either: np.ndarray,
     logits: np.ndarray,
     likeliest: np.ndarray,
     nats: np.ndarray,
-    max_block_bytes: int,
 ) -> tuple[list[BlockScore], bool]:
     """Scores of the blocks of one row.
 

@@ -116,7 +116,7 @@ class Writer:
         else:
             found = dict(zip(_prompts(stream), scoring.scores(), strict=True))
             for index, request in enumerate(stream.requests):
-                blocks = tuple(block.chars for block in found[request.prompt].blocks)
+                blocks = tuple(block.chars for block in found[str(request.prompt)].blocks)
                 self._outbox.append((stream, index, Judged(blocks)))
             self._submit(stream, range(len(stream.requests)))
 
