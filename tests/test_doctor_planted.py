@@ -303,12 +303,12 @@ def cut_otherwise_at_decoding(scene: Scene) -> None:
 def forgets_what_it_wrote(scene: Scene) -> None:
     """Blocks that were generated do not become context."""
 
-    def take(original: Any, writing: Any, blocks: Any) -> Slots:
+    def take(original: Any, writing: Any, blocks: Any) -> np.ndarray:
         tokens = original(writing, blocks)
         if not writing.generation.passes:
             return tokens
-        writing._n_tokens -= len(tokens.ids)
-        return tokens.at(slice(0))
+        writing._n_tokens -= len(tokens)
+        return tokens[:0]
 
     scene.around(sequence.Writing, "_take", take)
     scene.sizes = MORE  # it shows only where a sampled block would merge with its neighbour

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import EOB, EOS, OUTPUT_VOCABULARY
 from tests.test_generation import PROMPTS, TOKENIZER, UNSEEN, lively_model, teacher_forced
+from tidal_dist.generation import cache as cache_module
 from tidal_dist.generation import engine as engine_module
+from tidal_dist.generation.constraint import constraint_of
 from tidal_dist.generation.draft import LookUp
 from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.events import Block, Char, Event, Generation, Text
@@ -219,3 +221,102 @@ def test_a_penalty_divides_positive_and_multiplies_negative_logits() -> None:
 def test_what_cannot_be_asked(make: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()  # type: ignore[operator]
+
+
+REQUESTS = [
+    ({"regex": r"(12 \+ 34 = 46; )+"}, Sampling()),
+    ({"regex": r"(the tide |runs out )+"}, Sampling(1.0, seed=3)),
+    ({"choices": ["12 + 34 = 46; 12", "12 + 34 = 47", "潮水又来。潮水退去"]}, Sampling(1.0, seed=1)),
+    ({"choices": ["the tide runs out and the tide comes in"]}, Sampling(0.7, top_k=9, repetition_penalty=1.5)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(REQUESTS)))
+def test_a_constraint_and_a_draft_go_together(number: int) -> None:
+    held, sampling = REQUESTS[number]
+    model, most = lively_model(number, **SETTINGS[number]), TOKENIZER.segmentation.max_block_bytes
+    constraint = constraint_of(held.get("regex"), held.get("choices"), most)  # type: ignore[arg-type]
+    prompts = [REPETITIVE, "the tide runs out and the tide comes in. ", "潮水退去，潮水又来。"]
+    requests = list(requests_of(prompts, Request("", sampling, Limits(45), constraint)))
+    plain, drafted = (generations_of(model, requests, draft=d) for d in (None, LookUp()))
+    assert drafted == plain
+    assert sum(g.accepted for g in drafted) > 0
+    for one, other in zip(plain, drafted, strict=True):
+        assert [c.logprob for b in other.details for c in b.chars] == pytest.approx(
+            [c.logprob for b in one.details for c in b.chars], abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS)))
+def test_the_lean_passes_answer_as_the_model_does(number: int) -> None:
+    model = lively_model(number, mlp=("swiglu", "gelu")[number % 2], places=number != 2, **SETTINGS[number])
+    requests = list(requests_of([*PROMPTS, REPETITIVE], Request("", Sampling(0.8), Limits(30))))
+    lean, plain = (Engine(model, TOKENIZER, draft=LookUp()) for _ in range(2))
+    assert lean._cache.lean is not None
+    plain._cache.lean = None
+    for one, other in zip(plain.run(requests), lean.run(requests), strict=True):
+        assert other == one
+        assert other.logprob == pytest.approx(one.logprob, abs=1e-9)
+
+
+def tokens_fed(engine: Engine) -> int:
+    """Tokens that the model is given until all is done."""
+    fed = 0
+
+    def count(_: object, inputs: tuple) -> None:
+        nonlocal fed
+        fed += int(inputs[0].document.sum())
+
+    hook = engine.model.register_forward_pre_hook(count)
+    while engine.has_work:
+        engine.step()
+    hook.remove()
+    return fed
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_a_long_prompt_of_several_requests_is_read_once(batch_size: int) -> None:
+    model = lively_model(7, char_layers=2)
+    prompt = "the tide 12 + 34 " * 40
+    requests = [*requests_of([prompt, prompt, "12", prompt, prompt], Request("", Sampling(1.0), Limits(20)))]
+    alone = [generations_of(model, [request])[0] for request in requests]
+    engine = Engine(model, TOKENIZER, batch_size=batch_size)
+    jobs = [engine.submit(request) for request in requests]
+    n_tokens = jobs[0].writing.prompt_tokens
+    fed = tokens_fed(engine)
+    assert [job.generation for job in jobs] == alone
+    assert n_tokens < fed < 2 * n_tokens
+
+
+def test_room_for_a_long_sequence_is_given_back_when_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_KEPT_TOKENS", 100)
+    model = lively_model(5)
+    requests = [
+        Request("潮水退去" * 150, limits=Limits(max_blocks=1), constraint=Dictated([" 12"])),
+        Request("12 + 34 =", limits=Limits(max_blocks=3), constraint=Dictated([" 46", ";", " 7"])),
+    ]
+    alone = [generations_of(model, [request])[0] for request in requests]
+    engine = Engine(model, TOKENIZER)
+    jobs = [engine.submit(request) for request in requests]
+    rooms = []
+    while engine.has_work:
+        engine.step()
+        rooms.append(engine._cache.token_capacity)
+    assert [job.generation for job in jobs] == alone
+    assert max(rooms) >= jobs[0].writing.prompt_tokens
+    assert rooms[-1] < max(rooms) / 4
+
+
+def test_prompts_that_do_not_fit_side_by_side_take_turns_and_one_that_never_fits_is_an_error() -> None:
+    model = lively_model(5)
+    requests = [*requests_of(["潮水退去" * 30, "12", "the tide" * 30], Request("", Sampling(1.0), Limits(20)))]
+    needed = max(Engine(model, TOKENIZER)._bytes_of(1, 1 + len(str(r.prompt).encode())) for r in requests)
+    engine = Engine(model, TOKENIZER, cache_bytes=needed)
+    jobs, most = [engine.submit(request) for request in requests], 0
+    while engine.has_work:
+        engine.step()
+        most = max(most, len(engine.jobs))
+    assert most < len(requests)
+    assert [job.generation for job in jobs] == [generations_of(model, [request])[0] for request in requests]
+    with pytest.raises(UserError, match=r"a prompt of .* tokens needs .* GB for keys and values on cpu"):
+        engine.submit(Request("潮水退去" * 3000))

@@ -1,4 +1,8 @@
-"""The device that a name stands for."""
+"""The device that a name stands for, and what it has free."""
+
+import os
+import resource
+from pathlib import Path
 
 import torch
 
@@ -19,3 +23,17 @@ def available_device(name: str, where: str) -> str:
         reason = str(error).splitlines()[0]
         raise UserError(f"{where} {name}: not available ({reason}); try {where} cpu") from None
     return name
+
+
+def free_memory(device: str) -> int:
+    """Bytes that may still be allocated on a device."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        pass
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return free if limit == resource.RLIM_INFINITY else min(free, limit)

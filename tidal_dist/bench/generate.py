@@ -18,6 +18,7 @@ from data_pipeline.segmentation import SegmentationConfig
 from data_pipeline.stream import batch_of_rows
 from data_pipeline.tokenizer import EOB, OUTPUT_VOCABULARY, MixedTokenizer, TokenizerConfig, train_tokenizer
 from tidal_dist.bench.machine import describe_machine
+from tidal_dist.bench.speculation import bench_speculation, format_speculation
 from tidal_dist.config import ModelConfig
 from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.passes import compile_layers
@@ -65,7 +66,8 @@ def bench_generate(
 
     Returns:
         cached_speedup: the seconds that passes without a cache take, over ours. batch_speedup. bandwidth_share: bytes
-        of weights that a pass reads, over its seconds, over what a copy on this device moves. And what they are from.
+        of weights that a pass reads, over its seconds, over what a copy on this device moves. speculation: see
+            `bench_speculation`. And what they are from.
     """
     tokenizer = train_tokenizer([_TEXT] * 3, TokenizerConfig(vocab_size=300), SegmentationConfig())
     torch.manual_seed(1)
@@ -80,6 +82,7 @@ def bench_generate(
         compile_layers(model)
     alone = _generate(model, tokenizer, device, 1, blocks)
     many = _generate(model, tokenizer, device, batch, max(blocks // batch, 8))
+    speculation = bench_speculation(model, tokenizer, device)
     weights = _bytes_read(model)
     copy = _copy_bandwidth(device)
     return {
@@ -89,6 +92,7 @@ def bench_generate(
         "bandwidth_share": weights / alone["seconds_per_pass"] / copy,
         "alone": alone,
         "batch": many | {"size": batch},
+        "speculation": speculation,
         "naive_seconds": naive,
         "weight_bytes_per_pass": weights,
         "copy_bytes_per_second": copy,
@@ -115,6 +119,7 @@ def format_table(result: dict[str, Any]) -> str:
             f"{result['batch_speedup']:.1f} times one",
             f"weights read: {result['weight_bytes_per_pass'] / alone['seconds_per_pass'] / 1e9:,.0f} GB/s of "
             f"{result['copy_bytes_per_second'] / 1e9:,.0f} GB/s that a copy moves: {result['bandwidth_share']:.0%}",
+            *format_speculation(result["speculation"]),
         ]
     )
 

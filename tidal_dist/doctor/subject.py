@@ -2,8 +2,6 @@
 
 import copy
 import math
-import os
-import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from data_pipeline.shards import SPLITS, Manifest
 from data_pipeline.stream import Batch
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.config import Config, load_config
+from tidal_dist.devices import free_memory
 from tidal_dist.errors import CheckpointError, ShardError, UserError
 from tidal_dist.export import package
 from tidal_dist.export.consolidate import consolidated_weights, find_checkpoint
@@ -110,20 +109,6 @@ def _check_memory(path: Path, weight_bytes: int, device: str) -> None:
             f"{path}: the examination needs about {needed / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free; "
             "use a device or a machine with more (--device)"
         )
-
-
-def free_memory(device: str) -> int:
-    """Bytes that may still be allocated on a device."""
-    if device != "cpu":
-        return torch.cuda.mem_get_info(torch.device(device))[0]
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        pass
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return free if limit == resource.RLIM_INFINITY else min(free, limit)
 
 
 def reader_of(subject: Subject, split: str) -> RowReader:

@@ -16,6 +16,7 @@ from data_pipeline.layout import NO_DOCUMENT, Slots
 from tidal_dist.model.transformer import KeysValues
 
 _LEAST_TOKENS = 64  # room for tokens to begin with
+_KEPT_TOKENS = 4096  # so much room is kept, so that recorded passes can be used again
 _WASTE = 4  # times as much room as is needed is given back
 ARRAYS = [f.name for f in fields(Slots) if f.name != "stream"]
 _DOCUMENT, _INDEX = ARRAYS.index("document"), ARRAYS.index("index")
@@ -57,7 +58,7 @@ class Cache:
 
     def release(self, tokens: int) -> None:
         """Give room back where it is much more than the longest sequence's tokens: a longer one has left."""
-        if self.token_capacity > _WASTE * max(tokens, _LEAST_TOKENS):
+        if self.token_capacity > max(_WASTE * tokens, _KEPT_TOKENS):
             self._resize(self.row_capacity, _aligned(max(tokens * 3 // 2, _LEAST_TOKENS)))
 
     def _resize(self, rows: int, tokens: int) -> None:

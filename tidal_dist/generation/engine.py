@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from data_pipeline.errors import UserError
 from data_pipeline.layout import char_slots
 from data_pipeline.tokenizer import MixedTokenizer
+from tidal_dist.devices import free_memory
 from tidal_dist.generation.cache import Cache, side_by_side
 from tidal_dist.generation.draft import Draft
 from tidal_dist.generation.events import Generation
@@ -23,6 +25,7 @@ from tidal_dist.model.transformer import TidalTransformer
 
 DEFAULT_BATCH_SIZE = 16
 _PROMPT_TOKENS = 512  # tokens of a prompt that a pass takes from a sequence
+_MASK_SLOTS = 2**25  # of a pass's mask: where there are many keys, a pass takes fewer tokens of a prompt
 _FEW_TOKENS = 16  # more are fed apart from the sequences that are being written, which would be padded to as many
 _DRAFTED_CHARS = 32  # chars that a pass takes from a sequence with a draft
 
@@ -57,6 +60,7 @@ class Engine:
         draft: Draft | None = None,
         shares_weights: bool = False,
         records_passes: bool = True,
+        cache_bytes: int | None = None,
     ):
         """An engine without work.
 
@@ -64,6 +68,7 @@ class Engine:
             batch_size: sequences that are written at a time; others wait.
             draft: how to guess the next blocks, which changes the number of passes and not the text.
             shares_weights: other processes hold parts of the weights, so that each pass has to call every layer.
+            cache_bytes: most that prompts may take of keys and values; none: half of what is free now.
             records_passes: on a GPU, as graphs, which is faster; then the model is not called at each pass.
         """
         self.model, self.tokenizer, self.device = model, tokenizer, torch.device(device)
@@ -76,15 +81,26 @@ class Engine:
         self._longest_run = longest_run
         room = 2 * longest_run + 2 * self._most_chars if draft else longest_run
         self._cache = Cache(room, not shares_weights)
+        self._cache_bytes = free_memory(str(self.device)) // 2 if cache_bytes is None else cache_bytes
         is_recorded = records_passes and not shares_weights and self.device.type == "cuda"
         runner = Graphs if is_recorded else Eager
         self._run: Eager | Graphs = runner(model, self._cache, self.device)
         self._is_turn_of_prompts = True
 
     def submit(self, request: Request, listener: Listener | None = None) -> Job:
-        """Take up a request; `listener` is told of its chars, blocks and text as they come."""
+        """Take up a request; `listener` is told of its chars, blocks and text as they come.
+
+        Raises:
+            UserError: the prompt is too long for the memory.
+        """
         positions = self.model.config.char_positions
         job = Job(request, Writing(request, self.tokenizer, positions, listener, self.draft))
+        tokens = job.writing.prompt_tokens
+        if (needed := self._bytes_of(1, tokens)) > self._cache_bytes:
+            raise UserError(
+                f"a prompt of {tokens:,} tokens needs {needed / 1e9:.1f} GB for keys and values on {self.device}, "
+                f"{self._cache_bytes / 1e9:.1f} GB are there for them: shorten it, or use a device with more memory"
+            )
         if not job.done:
             self._waiting.append(job)
         return job
@@ -122,7 +138,9 @@ class Engine:
             self.model.eval()
         rows = self._rows_of_pass()
         jobs = self.jobs_of_pass = self.jobs[rows]
-        feeds = [job.writing.feed(_PROMPT_TOKENS, self._room(job.writing)) for job in jobs]
+        keys = _PROMPT_TOKENS + max((job.writing.cached_tokens for job in jobs), default=0)
+        most_tokens = min(_PROMPT_TOKENS, _FEW_TOKENS + _MASK_SLOTS // (keys * max(len(jobs), 1)))
+        feeds = [job.writing.feed(most_tokens, self._room(job.writing)) for job in jobs]
         logits = self._pass(rows, [job.writing for job in jobs], feeds)
         for job, fed, answer in zip(jobs, feeds, answers(logits), strict=False):
             job.writing.take(fed, answer)
@@ -132,10 +150,15 @@ class Engine:
     def _leave_and_enter(self) -> None:
         for row in reversed(range(len(self.jobs))):
             if self.jobs[row].done:
+                if self._is_followed(self.jobs[row]):
+                    self.jobs[row] = self._waiting.popleft()
+                    self.jobs[row].writing.skip_prompt()
+                    continue
                 last = self.jobs.pop()
                 if row < len(self.jobs):
                     self._cache.copy(len(self.jobs), row)
                     self.jobs[row] = last
+        self._cache.release(self._longest())
         held = list[Job]()
         while self._waiting and len(self.jobs) + len(held) < self.batch_size:
             job = self._waiting.popleft()
@@ -145,6 +168,9 @@ class Engine:
             if source is not None and not self.jobs[source].writing.has_read_prompt:
                 held.append(job)
                 continue
+            if not self._fits(job):  # in rows as long as it takes; when others leave, it will
+                self._waiting.appendleft(job)
+                break
             self.jobs.append(job)
             if source is not None:
                 self._cache.reserve(len(self.jobs), job.writing.prompt_tokens)
@@ -152,13 +178,28 @@ class Engine:
                 job.writing.skip_prompt()
         self._waiting.extendleft(reversed(held))
 
+    def _fits(self, job: Job) -> bool:
+        longest = max(self._longest(), job.writing.prompt_tokens)
+        return not self.jobs or self._bytes_of(len(self.jobs) + 1, longest) <= self._cache_bytes
+
+    def _longest(self) -> int:
+        """Tokens of the longest of the sequences that are in."""
+        return max((job.writing.cached_tokens + job.writing.tokens_to_feed for job in self.jobs), default=0)
+
+    def _bytes_of(self, rows: int, tokens: int) -> int:
+        """What a cache of so many sequences and tokens takes, keys and values alone."""
+        config, number = self.model.config, self.model.output.weight.element_size()
+        return rows * (tokens + self._cache.char_capacity) * 2 * config.n_layers * config.width * number
+
     def _row_of_prompt(self, job: Job) -> int | None:
         """Of the sequences one with the same prompt, where it is long: it has been read, or is to be read once."""
-        tokens, prompt = job.writing.prompt_tokens, job.request.prompt
-        for row, other in enumerate(self.jobs):
-            if other.writing.prompt_tokens == tokens > _FEW_TOKENS and other.request.prompt == prompt:
-                return row
-        return None
+        return next((row for row, other in enumerate(self.jobs) if _have_long_prompt(job, other)), None)
+
+    def _is_followed(self, job: Job) -> bool:
+        """Whether the next in the queue can do with what a sequence that leaves has read."""
+        while self._waiting and self._waiting[0].done:
+            self._waiting.popleft()
+        return bool(self._waiting) and job.writing.has_read_prompt and _have_long_prompt(self._waiting[0], job)
 
     def _rows_of_pass(self) -> slice:
         """All sequences; but where prompts are long, those from the first such on and those before it in turn."""
@@ -202,3 +243,9 @@ class Engine:
             ids, c, block, start_pos = np.array([char for fed in feeds for char in fed.chars]).T
             chars = char_slots(ids, c, block, start_pos, self.model.config.char_positions)
             slots[tuple(np.array(where).T)] = side_by_side(chars)
+
+
+def _have_long_prompt(one: Job, other: Job) -> bool:
+    """Whether two requests have one prompt, which takes more than a pass of a char to read."""
+    tokens = one.writing.prompt_tokens
+    return tokens == other.writing.prompt_tokens > _FEW_TOKENS and one.request.prompt == other.request.prompt
