@@ -247,18 +247,6 @@ def test_a_constraint_and_a_draft_go_together(number: int) -> None:
         )
 
 
-@pytest.mark.parametrize("number", range(len(SETTINGS)))
-def test_the_lean_passes_answer_as_the_model_does(number: int) -> None:
-    model = lively_model(number, mlp=("swiglu", "gelu")[number % 2], places=number != 2, **SETTINGS[number])
-    requests = list(requests_of([*PROMPTS, REPETITIVE], Request("", Sampling(0.8), Limits(30))))
-    lean, plain = (Engine(model, TOKENIZER, draft=LookUp()) for _ in range(2))
-    assert lean._cache.lean is not None
-    plain._cache.lean = None
-    for one, other in zip(plain.run(requests), lean.run(requests), strict=True):
-        assert other == one
-        assert other.logprob == pytest.approx(one.logprob, abs=1e-9)
-
-
 def tokens_fed(engine: Engine) -> int:
     """Tokens that the model is given until all is done."""
     fed = 0

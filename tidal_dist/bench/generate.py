@@ -16,37 +16,18 @@ from data_pipeline.layout import lay_out
 from data_pipeline.pieces import piece_of_blocks
 from data_pipeline.segmentation import SegmentationConfig
 from data_pipeline.stream import batch_of_rows
-from data_pipeline.tokenizer import EOB, OUTPUT_VOCABULARY, MixedTokenizer, TokenizerConfig, train_tokenizer
-from tidal_dist.bench.machine import describe_machine
-from tidal_dist.bench.speculation import bench_speculation, format_speculation
+from data_pipeline.tokenizer import MixedTokenizer, TokenizerConfig, train_tokenizer
+from tidal_dist.bench.machine import copy_gb_per_second, describe_machine, seconds_of
+from tidal_dist.bench.speculation import Dictated, bench_speculation, format_speculation
 from tidal_dist.config import ModelConfig
 from tidal_dist.generation.engine import Engine
-from tidal_dist.generation.passes import compile_layers
 from tidal_dist.generation.request import Limits, Request
+from tidal_dist.model.compiled import compile_layers
 from tidal_dist.model.transformer import TidalTransformer
 
 _TEXT = "the tide runs out and 12 + 34 = 46 comes in again "
-_BLOCK = b" tide"  # what is written again and again
+_BLOCK = " tide"  # what is written again and again
 _NAIVE_POINTS = 8  # prefixes at which decoding without a cache is timed; between them it grows evenly
-_COPY_BYTES = 2**30
-
-
-class _AlwaysTheSame:
-    """Holds a text to one block, repeated: all ways to generate are to write the same."""
-
-    def start(self) -> None:
-        """Nothing has to be remembered."""
-
-    def allowed(self, _: None, written: bytes, room: int) -> np.ndarray:
-        """The block's next char, or its end mark."""
-        del room
-        mask = np.zeros(OUTPUT_VOCABULARY, dtype=bool)
-        mask[_BLOCK[::-1][len(written)] if len(written) < len(_BLOCK) else EOB] = True
-        return mask
-
-    def after(self, _: None, block: bytes) -> None:
-        """Every block is followed by the same."""
-        del block
 
 
 def bench_generate(
@@ -84,7 +65,7 @@ def bench_generate(
     many = _generate(model, tokenizer, device, batch, max(blocks // batch, 8))
     speculation = bench_speculation(model, tokenizer, device)
     weights = _bytes_read(model)
-    copy = _copy_bandwidth(device)
+    copy = copy_gb_per_second(device) * 1e9
     return {
         "name": "generate",
         "cached_speedup": naive / alone["seconds"],
@@ -131,7 +112,9 @@ def _generate(
     engine = Engine(model, tokenizer, device, batch)
     for count in (blocks, blocks):
         limits = Limits(max_bytes=len(_BLOCK) * count, max_blocks=count)
-        jobs = [engine.submit(Request(_TEXT, limits=limits, constraint=_AlwaysTheSame())) for _ in range(batch)]
+        jobs = [
+            engine.submit(Request(_TEXT, limits=limits, constraint=Dictated([_BLOCK] * count))) for _ in range(batch)
+        ]
         start, passes = time.perf_counter(), 0
         while engine.has_work:
             engine.step()
@@ -151,7 +134,7 @@ def _naive_seconds(model: TidalTransformer, tokenizer: MixedTokenizer, device: s
     seconds = []
     lengths = np.linspace(1, blocks, _NAIVE_POINTS).astype(int)
     for count in lengths:
-        piece = piece_of_blocks([_BLOCK.decode()] * int(count), tokenizer, int(count) - 1, ends_document=False)
+        piece = piece_of_blocks([_BLOCK] * int(count), tokenizer, int(count) - 1, ends_document=False)
         tokens, chars, labels = lay_out(piece, tokenizer.byte_lengths, model.config.char_positions)
         batch = batch_of_rows([(tokens, chars, labels)]).to(device)
         seconds.append(_seconds(partial(model, batch.tokens, batch.chars), device))
@@ -162,30 +145,10 @@ def _naive_seconds(model: TidalTransformer, tokenizer: MixedTokenizer, device: s
 def _seconds(function: Callable[[], Any], device: str, repeats: int = 3) -> float:
     """Median seconds of a call, after one that is not timed."""
     function()
-    found = []
-    for _ in range(repeats):
-        _wait_for(device)
-        start = time.perf_counter()
-        function()
-        _wait_for(device)
-        found.append(time.perf_counter() - start)
-    return median(found)
-
-
-def _wait_for(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    return median(seconds_of(function, device)[0] for _ in range(repeats))
 
 
 def _bytes_read(model: TidalTransformer) -> int:
     """Bytes of weights that a pass without tokens reads: those of the layers that chars pass, and the output."""
     layers = list(model.layers)[-model.config.char_depth :]
     return sum(p.numel() * p.element_size() for m in (*layers, model.norm, model.output) for p in m.parameters())
-
-
-def _copy_bandwidth(device: str) -> float:
-    """Bytes read and written a second by a large copy on the device."""
-    size = _COPY_BYTES if device.startswith("cuda") else _COPY_BYTES // 8
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / _seconds(lambda: target.copy_(source), device, 10)

@@ -4,7 +4,6 @@ B sequences of a pass, T token and C char slots of each, V ids of the output voc
 """
 
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,11 @@ import torch
 
 from data_pipeline.layout import Slots
 from tidal_dist.generation.cache import ARRAYS, Cache, slots_of
-from tidal_dist.model.transformer import Layer, TidalTransformer
+from tidal_dist.model.transformer import TidalTransformer
 
 Shape = tuple[int, int, int]  # B, T, C
 _GRAPH_TOKENS = (0, 1, 2, 4, 8, 16)  # T of passes that are recorded; passes with more are run as they come
 _GRAPH_CHARS = (1, 4, 8, 16, 32)
-_SHAPES = 256  # that are compiled at most
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,6 @@ def _aimed(cache: Cache, inputs: PassInputs, new: tuple[Any, Any, Any], longest:
     n_tokens = inputs.shape[1]
     cache.aim(inputs.rows, new, n_tokens, longest)
     return slots_of("token", new[0][:, :n_tokens]), slots_of("char", new[0][:, n_tokens:])
-
-
-def compile_layers(model: TidalTransformer) -> None:
-    """Have all that layers do beside attention compiled: fewer, larger kernels on a GPU, after a minute at the start.
-
-    One compilation serves all layers, each shape of a pass takes one of its own.
-    """
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _SHAPES)
-    project, finish = (torch.compile(method, dynamic=False) for method in (Layer.project, Layer.finish))
-    for layer in model.layers:
-        vars(layer).update(project=MethodType(project, layer), finish=MethodType(finish, layer))
 
 
 @dataclass(frozen=True)
