@@ -15,7 +15,7 @@ from data_pipeline.layout import may_see
 from data_pipeline.stream import Batch
 from tests.builders import document_of, packed, small_tokenizer
 from tidal_dist.doctor.oracle import press_slope
-from tidal_dist.model import attention, flex, kernels, split
+from tidal_dist.model import attention, flex, groups, kernels, split
 from tidal_dist.model.attention import Prepared, Scoring, attend, prepare_attention
 from tidal_dist.model.kernels import FusedOnCpu, Plain
 
@@ -36,6 +36,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "CHUNK", 32)
+    monkeypatch.setattr(groups, "LEAST_GROUP", 12)
     monkeypatch.setattr(split, "_CALL_PAIRS", 64)  # rows of such lengths would be taken together
 
 

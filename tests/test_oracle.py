@@ -13,7 +13,7 @@ from tests.builders import document_of, packed, planned, small_model, small_toke
 from tidal_dist.config import ModelConfig
 from tidal_dist.doctor import oracle
 from tidal_dist.doctor.oracle import Sample
-from tidal_dist.model import split
+from tidal_dist.model import groups, split
 from tidal_dist.model.transformer import TidalTransformer
 
 TOKENIZER = small_tokenizer()
@@ -31,6 +31,7 @@ ASKING = 20  # queries of a call of `split`, so that CHUNKED takes several and D
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "CHUNK", ASKING)
+    monkeypatch.setattr(groups, "LEAST_GROUP", 1)
 
 
 SHAPES = {"chunked": CHUNKED, "dense": DENSE}

@@ -1,12 +1,12 @@
 """Which chars attend together. Nothing but numbers: the reckoning of FLOPs and memory reads it without torch."""
 
 CHUNK = 128  # queries of one call: fewer keys that none of them sees against fewer, larger calls
-_RUNS_PER_GROUP = 2
+LEAST_GROUP = 64  # chars that attend to chars together: fewer cost more for each pair
 
 
 def group_size(longest_run: int) -> int:
-    """Consecutive chars that attend to chars together: their own slots and the longest run before them."""
-    return longest_run * _RUNS_PER_GROUP
+    """Consecutive chars that attend to chars together: to their own slots and the longest run before them."""
+    return max(LEAST_GROUP, longest_run)
 
 
 def char_groups(chars: int, longest_run: int) -> list[tuple[int, int]]:
