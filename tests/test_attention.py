@@ -13,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.layout import may_see
 from data_pipeline.stream import Batch
-from tests.builders import document_of, packed, small_tokenizer
+from tests.builders import document_of, packed, small_model, small_tokenizer
 from tidal_dist.doctor.oracle import press_slope
 from tidal_dist.model import attention, flex, groups, kernels, split
 from tidal_dist.model.attention import Prepared, Scoring, attend, prepare_attention
 from tidal_dist.model.kernels import FusedOnCpu, Plain
+from tidal_dist.training import validation
+from tidal_dist.training.validation import attention_share
 
 TOKENIZER = small_tokenizer()
 LONGEST_RUN = 9
@@ -229,6 +231,15 @@ def test_a_kernel_that_is_not_there_is_named_once(capsys: pytest.CaptureFixture[
     assert [prepared(SCORINGS[0], "flex").kernel for _ in range(2)] == ["split"] * 2
     reason = "it has no kernel for the backward pass on the device cpu"
     assert capsys.readouterr().err == f"attention: flex cannot be used: {reason}; split is used instead\n"
+
+
+def test_the_share_of_pairs_that_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "device", lambda: "cpu")
+    model = small_model(TOKENIZER)
+    computed = {"split": prepared(SCORINGS[0]).computed_pairs() / 3, "dense": 150 * 150 + 250 * 400}
+    for model.attention, pairs in computed.items():
+        assert attention_share(model, [batch()]) == {"validation/attention_share": pairs / 400**2}
+    assert attention_share(model, []) == {}
 
 
 @pytest.mark.parametrize(

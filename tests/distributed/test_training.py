@@ -63,6 +63,7 @@ def test_run_leaves_what_a_user_expects(trained: Path) -> None:
         "validation/loss",
         "validation/bits_per_byte",
         "validation/exact_match",
+        "validation/attention_share",
     }
     assert sorted(found["train/loss"]) == [1, 2, 3, 4, 5, 6]
     assert sorted(found["validation/loss"]) == [3, 6]

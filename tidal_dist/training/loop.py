@@ -27,6 +27,7 @@ from tidal_dist.training.stopping import next_step, owes_validation
 from tidal_dist.training.telling import tell_saves
 from tidal_dist.training.validation import (
     as_markdown,
+    attention_share,
     generation_metrics,
     validation_generation,
     validation_loss,
@@ -199,7 +200,7 @@ def _validate(run: Run, state: RunState, early_stop: EarlyStop) -> None:
         pictures = validation_pictures(engine.module, tokenizer, data.pictured, draws=run.rank == 0)
     engine.train()
     metrics = {"validation/loss": loss, "validation/bits_per_byte": bits} | generation_metrics(outcomes)
-    monitor.scalars(step, metrics)
+    monitor.scalars(step, metrics | attention_share(engine.module, data.validation))
     examples = [outcome.example for outcome in outcomes if outcome.example is not None]
     monitor.generations(step, examples, as_markdown(examples))
     for name, png in pictures.items():

@@ -107,6 +107,18 @@ def validation_loss(
     return nats / max(labels, 1), bits_per_byte(nats, chars)
 
 
+@torch.no_grad()
+def attention_share(model: TidalTransformer, batches: list[Batch]) -> dict[str, float]:
+    """Of all pairs of slots of the first batch's rows, those that attention computes, hidden ones included."""
+    if not batches:
+        return {}
+    tokens, chars, _ = _on_device(batches[0])
+    prepared, _ = model.prepare(tokens, chars, model.embedding.weight.dtype, None)
+    assert not isinstance(prepared, torch.Tensor)
+    rows, n_slots = tokens.ids.shape[0], tokens.ids.shape[1] + chars.ids.shape[1]
+    return {"validation/attention_share": prepared.computed_pairs() / (rows * n_slots**2)}
+
+
 def _on_device(batch: Batch) -> tuple:
     moved = batch.to(device())
     return moved.tokens, moved.chars, moved.labels
