@@ -247,7 +247,7 @@ def _stretches(sees: torch.Tensor) -> list[tuple[slice, slice]]:
     if not asks_rows(sees.device):
         return [(slice(None), slice(0, n_keys))]
     of_rows = []
-    for row, any_sees in enumerate(sees.numpy().any(axis=1)):
+    for row, any_sees in enumerate(np.asarray(sees.numpy().any(axis=1))):
         found = any_sees.nonzero()[0]
         if len(found):
             of_rows.append((slice(row, row + 1), slice(int(found[0]), int(found[-1]) + 1)))
