@@ -2,11 +2,32 @@
 
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from tidal_dist.errors import UserError
+
+_ONE_THREAD_PARAMETERS = 10_000_000
+
+
+def is_small(model: torch.nn.Module) -> bool:
+    """Whether passes of few slots through a model gain nothing from more threads than one."""
+    return sum(p.numel() for p in model.parameters()) < _ONE_THREAD_PARAMETERS
+
+
+@contextmanager
+def one_thread(applies: bool) -> Iterator[None]:
+    """Compute on one CPU thread meanwhile: several wait for each other in every call, long on a busy machine."""
+    threads = torch.get_num_threads()
+    if applies:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def available_device(name: str, where: str) -> str:
@@ -27,7 +48,7 @@ def available_device(name: str, where: str) -> str:
 
 def free_memory(device: str) -> int:
     """Bytes that may still be allocated on a device."""
-    if device != "cpu":
+    if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[0]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:

@@ -38,12 +38,14 @@ def bench_generate(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
+    dictated_bytes: int = 1500,
 ) -> dict[str, Any]:
     """Time the generation of `blocks` blocks.
 
     Args:
         config: of the model; its weights are random. vocab_size: rows of its embedding.
         batch: sequences side by side, against as many one by one. compiled: see `compile_layers`.
+        dictated_bytes: of each text that is written with a draft.
 
     Returns:
         cached_speedup: the seconds that passes without a cache take, over ours. batch_speedup. bandwidth_share: bytes
@@ -63,7 +65,7 @@ def bench_generate(
         compile_layers(model)
     alone = _generate(model, tokenizer, device, 1, blocks)
     many = _generate(model, tokenizer, device, batch, max(blocks // batch, 8))
-    speculation = bench_speculation(model, tokenizer, device)
+    speculation = bench_speculation(model, tokenizer, device, dictated_bytes)
     weights = _bytes_read(model)
     copy = copy_gb_per_second(device) * 1e9
     return {

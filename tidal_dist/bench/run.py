@@ -23,7 +23,7 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        blocks: of the document of `layout`. written_blocks: by `generate`. megabytes: of text for `data`.
+        blocks: of the document of `layout`. written_blocks, dictated_bytes: by `generate`. megabytes: of text for `data`.
         stream_seconds: of its reading. rows: of a step of `train`. row_megabytes: of text for those. rounds: of
             `train` and `attention`.
         swept_chars: C of `attention` at fixed T. most_dense: slots up to which it has its baseline.
@@ -31,6 +31,7 @@ class Sizes:
 
     blocks: int = 1024
     written_blocks: int = 500
+    dictated_bytes: int = 1500
     megabytes: int = 1000
     stream_seconds: float = 10.0
     rows: int = 2
@@ -43,6 +44,7 @@ class Sizes:
 QUICK = Sizes(
     blocks=128,
     written_blocks=40,
+    dictated_bytes=150,
     megabytes=8,
     stream_seconds=1.0,
     rows=1,
@@ -92,6 +94,7 @@ def run_bench(name: str, asked: Asked) -> dict[str, Any]:
         device=conditions.device,
         dtype=dtype_named(conditions.dtype),
         compiled=conditions.compiled,
+        dictated_bytes=sizes.dictated_bytes,
     )
     return {"warning": warning} | result
 

@@ -24,7 +24,7 @@ from tidal_dist.generation.request import Limits, Request
 from tidal_dist.model.transformer import TidalTransformer
 
 SOURCES = ("argparse.py", "tarfile.py", "typing.py")  # of Python's standard library
-_PROMPT_BYTES, _WRITTEN_BYTES = 6000, 1500
+_PROMPT_BYTES = 6000
 _SAME_LOGPROB = 1e-3  # nats of a whole text in float32, relative: a pass of other shape sums in another order
 
 
@@ -52,7 +52,9 @@ class Dictated:
         return state + 1
 
 
-def bench_speculation(model: TidalTransformer, tokenizer: MixedTokenizer, device: str) -> dict[str, Any]:
+def bench_speculation(
+    model: TidalTransformer, tokenizer: MixedTokenizer, device: str, written_bytes: int = 1500
+) -> dict[str, Any]:
     """For each text passes and seconds a byte without a draft and with `LookUp`, and the share of drafts accepted.
 
     Raises:
@@ -63,7 +65,7 @@ def bench_speculation(model: TidalTransformer, tokenizer: MixedTokenizer, device
     for name in SOURCES:
         if (library / name).exists():
             texts[name] = (library / name).read_text(encoding="utf-8")
-    return {name: _measured(name, text, model, tokenizer, device) for name, text in texts.items()}
+    return {name: _measured(name, text, model, tokenizer, device, written_bytes) for name, text in texts.items()}
 
 
 def _records() -> str:
@@ -72,10 +74,12 @@ def _records() -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _measured(name: str, text: str, model: TidalTransformer, tokenizer: MixedTokenizer, device: str) -> dict[str, Any]:
+def _measured(
+    name: str, text: str, model: TidalTransformer, tokenizer: MixedTokenizer, device: str, written_bytes: int
+) -> dict[str, Any]:
     blocks = segment(text, tokenizer.segmentation)
     ends = np.cumsum([len(block.encode()) for block in blocks])
-    first, last = np.searchsorted(ends, [_PROMPT_BYTES, _PROMPT_BYTES + _WRITTEN_BYTES])
+    first, last = np.searchsorted(ends, [_PROMPT_BYTES, _PROMPT_BYTES + written_bytes])
     written = blocks[first:last]
     limits = Limits(max_bytes=sum(len(block.encode()) for block in written), max_blocks=len(written))
     request = Request(blocks[:first], limits=limits, constraint=Dictated(written))

@@ -1,13 +1,11 @@
 """The examination: all checks in the order of cause and effect, so that the first that fails names the suspect."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from tidal_dist.devices import is_small, one_thread
 from tidal_dist.doctor import attention, batches, control, inference, labels, loading, order, preprocessing, quality
 from tidal_dist.doctor.evidence import Evidence
 from tidal_dist.doctor.report import Check, Finding, Report
@@ -19,7 +17,6 @@ _PREPARE_AGAIN = "use the shards that the model was trained on, or train on thes
 _EXPORT_AGAIN = "export the checkpoint anew; if that does not help, take an older checkpoint"
 _LAYOUT = "data_pipeline/layout.py is the only place that sets {}; find who computes them elsewhere"
 _MODEL = "compare model/attention.py and model/positions.py with the definition; train again if training was wrong"
-_ONE_THREAD_PARAMETERS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ def examine(subject: Subject, sizes: Sizes, progress: Callable[[str], object] = 
         UserError: the shards cannot be read, or hold no plan for the training's rows.
     """
     started = time.monotonic()
-    with _threads_for(subject):
+    with one_thread(is_small(subject.model)):
         checks, evidence, notes = _examined(subject, sizes, progress)
     seconds = time.monotonic() - started
     return Report(str(subject.path), str(subject.manifest.folder), evidence.split, checks, notes, seconds), evidence
@@ -161,18 +158,6 @@ def _examined(
         checks += [_not_run(item) for item in _ON_EVIDENCE]
         notes = ["nothing else can be compared"]
     return checks, evidence, notes
-
-
-@contextmanager
-def _threads_for(subject: Subject) -> Iterator[None]:
-    """One thread for a small model: its many small passes gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    if sum(p.numel() for p in subject.model.parameters()) < _ONE_THREAD_PARAMETERS:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run(item: _Item, argument: Any, progress: Callable[[str], object]) -> Check:

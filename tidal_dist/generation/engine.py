@@ -14,7 +14,7 @@ import torch
 from data_pipeline.errors import UserError
 from data_pipeline.layout import char_slots
 from data_pipeline.tokenizer import MixedTokenizer
-from tidal_dist.devices import free_memory
+from tidal_dist.devices import free_memory, is_small, one_thread
 from tidal_dist.generation.cache import Cache, side_by_side
 from tidal_dist.generation.draft import Draft
 from tidal_dist.generation.events import Generation
@@ -27,6 +27,7 @@ DEFAULT_BATCH_SIZE = 16
 _PROMPT_TOKENS = 512  # tokens of a prompt that a pass takes from a sequence
 _MASK_SLOTS = 2**25  # of a pass's mask: where there are many keys, a pass takes fewer tokens of a prompt
 _FEW_TOKENS = 16  # more are fed apart from the sequences that are being written, which would be padded to as many
+_FEW_SLOTS = 64  # of a pass: a small model makes it on one thread
 _DRAFTED_CHARS = 32  # chars that a pass takes from a sequence with a draft
 
 
@@ -86,6 +87,7 @@ class Engine:
         runner = Graphs if is_recorded else Eager
         self._run: Eager | Graphs = runner(model, self._cache, self.device)
         self._is_turn_of_prompts = True
+        self._is_small = self.device.type == "cpu" and not shares_weights and is_small(model)
 
     def submit(self, request: Request, listener: Listener | None = None) -> Job:
         """Take up a request; `listener` is told of its chars, blocks and text as they come.
@@ -141,7 +143,8 @@ class Engine:
         keys = _PROMPT_TOKENS + max((job.writing.cached_tokens for job in jobs), default=0)
         most_tokens = min(_PROMPT_TOKENS, _FEW_TOKENS + _MASK_SLOTS // (keys * max(len(jobs), 1)))
         feeds = [job.writing.feed(most_tokens, self._room(job.writing)) for job in jobs]
-        logits = self._pass(rows, [job.writing for job in jobs], feeds)
+        with one_thread(self._is_small and sum(map(_slots, feeds)) <= _FEW_SLOTS):
+            logits = self._pass(rows, [job.writing for job in jobs], feeds)
         for job, fed, answer in zip(jobs, feeds, answers(logits), strict=False):
             job.writing.take(fed, answer)
         if was_training:
@@ -243,6 +246,10 @@ class Engine:
             ids, c, block, start_pos = np.array([char for fed in feeds for char in fed.chars]).T
             chars = char_slots(ids, c, block, start_pos, self.model.config.char_positions)
             slots[tuple(np.array(where).T)] = side_by_side(chars)
+
+
+def _slots(fed: Feed) -> int:
+    return len(fed.chars) + (0 if fed.tokens is None else len(fed.tokens))
 
 
 def _have_long_prompt(one: Job, other: Job) -> bool:
