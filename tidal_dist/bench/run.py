@@ -24,8 +24,8 @@ class Sizes:
 
     Attributes:
         blocks: of the document of `layout`. written_blocks, dictated_bytes: by `generate`. megabytes: of text
-            for `data`. stream_seconds: of its reading. rows: of a step of `train`. row_megabytes: of text for those. rounds: of
-            `train` and `attention`.
+            for `data`. stream_seconds: of its reading. rows: of a step of `train`. row_megabytes: of text for those.
+            rounds: of `train` and `attention`.
         swept_chars: C of `attention` at fixed T. most_dense: slots up to which it has its baseline.
     """
 
