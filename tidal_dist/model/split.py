@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from data_pipeline.layout import Slots, may_see
@@ -237,7 +236,7 @@ def _sees(query: Slots, tokens: Slots, scoring: Scoring) -> torch.Tensor:
     if not asks_rows(query.ids.device):
         return visible(query, tokens, scoring)
     # A third of the time that torch takes for it, which is more than that of attention where rows hold many documents.
-    asking, asked = (slots.map(lambda array: array.numpy().astype(np.int32)) for slots in (query, tokens))
+    asking, asked = (slots.map(lambda array: array.int().numpy()) for slots in (query, tokens))
     return torch.from_numpy(may_see(asking.queries(), asked.keys(), scoring.token_attention))
 
 
@@ -247,7 +246,8 @@ def _stretches(sees: torch.Tensor) -> list[tuple[slice, slice]]:
     if not asks_rows(sees.device):
         return [(slice(None), slice(0, n_keys))]
     of_rows = []
-    for row, any_sees in enumerate(np.asarray(sees.numpy().any(axis=1))):
+    seen: Any = sees.numpy().any(axis=1)
+    for row, any_sees in enumerate(seen):
         found = any_sees.nonzero()[0]
         if len(found):
             of_rows.append((slice(row, row + 1), slice(int(found[0]), int(found[-1]) + 1)))
