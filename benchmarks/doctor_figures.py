@@ -33,7 +33,7 @@ from tidal_dist.generation.decoder import Decoder
 from tidal_dist.generation.request import Limits
 from tidal_dist.generation.sampling import GREEDY
 from tidal_dist.model import transformer
-from tidal_dist.model.attention import Biases, Scoring
+from tidal_dist.model.attention import Scoring
 from tidal_dist.model.likelihood import bits_per_byte
 from tidal_dist.plots.canvas import DOTS_PER_INCH, INK, PALE_INK, WIDTH, block_colours, save, shown
 
@@ -102,14 +102,12 @@ def _spaces_behind_the_words() -> AbstractContextManager[Any]:
 
 def _tokens_causal() -> AbstractContextManager[Any]:
     """With a cache, tokens see only what came before; in training they see the whole of their block."""
-    biases = transformer.biases
+    cached = transformer.cached_bias
 
-    def causal(tokens: Slots, chars: Slots, key_tokens: Slots, key_chars: Slots, run: int, how: Scoring) -> Biases:
-        is_cached = key_tokens is not tokens
-        how = replace(how, token_attention="causal") if is_cached else how
-        return biases(tokens, chars, key_tokens, key_chars, run, how)
+    def causal(tokens: Slots, chars: Slots, key_tokens: Slots, key_chars: Slots, how: Scoring) -> torch.Tensor:
+        return cached(tokens, chars, key_tokens, key_chars, replace(how, token_attention="causal"))
 
-    return mock.patch.object(transformer, "biases", causal)
+    return mock.patch.object(transformer, "cached_bias", causal)
 
 
 def _bos_begins_a_block() -> AbstractContextManager[Any]:
