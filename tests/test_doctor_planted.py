@@ -37,7 +37,7 @@ from tidal_dist.export import package
 from tidal_dist.export.package import load_export
 from tidal_dist.generation import engine, sampling, sequence, utf8
 from tidal_dist.generation.cache import Cache
-from tidal_dist.model import attention, positions, transformer
+from tidal_dist.model import positions, scores, transformer
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.training import loss
 
@@ -115,11 +115,11 @@ class Scene:
                 return original(q, k, token_attention)
             return (q.document == k.document) & (k.document != NO_DOCUMENT) & visible(q, k)
 
-        self.around(attention, "may_see", may_see)
+        self.around(scores, "may_see", may_see)
 
     def on_documents(self, change: Callable[[Slots, Slots], tuple[Slots, Slots]]) -> None:
         """Change the slots that the rule of who sees whom is told."""
-        self.around(attention, "may_see", lambda original, q, k, rule: original(*change(q, k), rule))
+        self.around(scores, "may_see", lambda original, q, k, rule: original(*change(q, k), rule))
 
     def shards_made_under(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Shards made by the plain definition while `owner.name` is another, and a training on them.
@@ -498,7 +498,7 @@ PLANTS: list[Plant] = [
     ("generated blocks are forgotten", 2, forgets_what_it_wrote, ROPE),
     ("tokens of the shards less merged", 2, shards_with_fewer_merges, ROPE),
     ("slopes of another number of heads", 3, other_slopes, ALIBI),
-    ("sign of alibi", 3, lambda s: s.around(attention, "alibi_bias", lambda f, *a: -f(*a)), ALIBI),
+    ("sign of alibi", 3, lambda s: s.around(scores, "alibi_bias", lambda f, *a: -f(*a)), ALIBI),
     ("base of rope at decoding", 3, rope_of_another_base_at_decoding, ROPE),
     (
         "base of rope everywhere",
@@ -571,13 +571,15 @@ PLANTS: list[Plant] = [
     (
         "packed neighbours see each other",
         9,
-        lambda s: s.on_documents(lambda q, k: tuple(replace(x, document=x.document.clamp(max=1)) for x in (q, k))),  # type: ignore[arg-type,return-value]
+        lambda s: s.on_documents(lambda q, k: tuple(replace(x, document=x.document.clip(max=1)) for x in (q, k))),  # type: ignore[arg-type,return-value]
         ROPE,
     ),
     (
         "padding is visible",
         9,
-        lambda s: s.on_documents(lambda q, k: (q, replace(k, document=k.document.where(k.document > 0, q.document)))),
+        lambda s: s.on_documents(
+            lambda q, k: (q, replace(k, document=k.document + (k.document == NO_DOCUMENT) * q.document))
+        ),
         ROPE,
     ),
     (

@@ -31,7 +31,7 @@ def bias(query: Slots, key: Slots, scoring: Scoring) -> torch.Tensor:
 
 
 def visible(query: Slots, key: Slots, scoring: Scoring) -> torch.Tensor:
-    """Who sees whom, (B, Q, K) bool."""
+    """Who sees whom, (B, Q, K) bool; of slots that hold numpy arrays, an array."""
     return may_see(query.queries(), key.keys(), scoring.token_attention)
 
 

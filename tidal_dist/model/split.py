@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.layout import Slots, may_see
+from data_pipeline.layout import Slots
 from tidal_dist.model import kernels
 from tidal_dist.model.groups import CHUNK, group_size
 from tidal_dist.model.scores import Scoring, bias, bias_of, visible
@@ -237,7 +237,7 @@ def _sees(query: Slots, tokens: Slots, scoring: Scoring) -> torch.Tensor:
         return visible(query, tokens, scoring)
     # A third of the time that torch takes for it, which is more than that of attention where rows hold many documents.
     asking, asked = (slots.map(lambda array: array.int().numpy()) for slots in (query, tokens))
-    return torch.from_numpy(may_see(asking.queries(), asked.keys(), scoring.token_attention))
+    return torch.as_tensor(visible(asking, asked, scoring))
 
 
 def _stretches(sees: torch.Tensor) -> list[tuple[slice, slice]]:
