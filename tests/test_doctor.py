@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.doctoring import configuration, prepare_shards, write_corpus, write_random_export
 from tests.launching import tidal_error, tidal_here
@@ -126,6 +127,13 @@ def test_a_model_too_large_for_the_memory_gets_one_line(
 
 def test_free_memory_is_a_plausible_number() -> None:
     assert 1 << 28 < subject.free_memory("cpu") < 1 << 50
+
+
+def test_free_memory_of_a_gpu_counts_what_pytorch_holds_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training holds nearly all of a GPU; what it does not use is there for the validation's texts."""
+    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 800), ("memory_allocated", 300)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert subject.free_memory("cuda") == 100 + 800 - 300
 
 
 def check(suspect: int, name: str, verdict: str, figure: float = 0.0) -> Check:

@@ -49,7 +49,9 @@ def available_device(name: str, where: str) -> str:
 def free_memory(device: str) -> int:
     """Bytes that may still be allocated on a device."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(torch.device(device))[0]
+        # What PyTorch holds without using it is not free to others, but is to this process.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(torch.device(device))[0] + unused
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
