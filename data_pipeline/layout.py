@@ -61,7 +61,7 @@ class Slots:
 
     def arrays(self) -> dict[str, Any]:
         """The arrays by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stream"}
+        return {name: getattr(self, name) for name in ARRAYS}
 
     def map(self, function: Any) -> "Slots":
         """The same slots with `function` applied to every array."""
@@ -78,6 +78,9 @@ class Slots:
     def keys(self) -> "Slots":
         """Slots whose arrays have a next-to-last axis of 1, for broadcasting against `queries()`."""
         return self.map(lambda array: array[..., None, :])
+
+
+ARRAYS = tuple(f.name for f in fields(Slots) if f.name != "stream")
 
 
 def may_see(query: Slots, key: Slots, token_attention: TokenAttention) -> Any:

@@ -108,7 +108,8 @@ def _table(prepared: Prepared, case: Case, t: int) -> torch.Tensor:
     n_tokens, chars = len(case.laid_out[0].ids), case.laid_out[1]
     own = np.flatnonzero(chars.block == case.end - 1)
     first = [*range(t), *(n_tokens + own).tolist()]
-    table = prepared.table(slice(None))[0, :, first]
+    asking = slice(0, t), slice(n_tokens + own[0], n_tokens + own[-1] + 1)  # a block's chars lie end to end
+    table = torch.cat([prepared.table(queries)[0] for queries in asking], dim=1)
     return table[:, :, [*first, *sorted(set(range(table.shape[2])) - set(first))]]
 
 

@@ -6,19 +6,18 @@ slot W + j, and a last slot for what padding writes. What is left of earlier pas
 is not seen: so chars are dropped, and drafts taken back. No shape depends on what the device computes.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from data_pipeline.layout import NO_DOCUMENT, Slots
+from data_pipeline.layout import ARRAYS, NO_DOCUMENT, Slots
 from tidal_dist.model.transformer import KeysValues
 
 _LEAST_TOKENS = 64  # room for tokens to begin with
 _KEPT_TOKENS = 4096  # so much room is kept, so that recorded passes can be used again
 _WASTE = 4  # times as much room as is needed is given back
-ARRAYS = [f.name for f in fields(Slots) if f.name != "stream"]
 _DOCUMENT, _INDEX = ARRAYS.index("document"), ARRAYS.index("index")
 
 

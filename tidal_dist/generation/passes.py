@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.layout import Slots
-from tidal_dist.generation.cache import ARRAYS, Cache, slots_of
+from data_pipeline.layout import ARRAYS, Slots
+from tidal_dist.generation.cache import Cache, slots_of
 from tidal_dist.model.transformer import TidalTransformer
 
 Shape = tuple[int, int, int]  # B, T, C

@@ -17,7 +17,7 @@ from data_pipeline.layout import IGNORED
 from data_pipeline.tokenizer import PAD
 from tidal_dist.config import ModelConfig
 from tidal_dist.model.positions import alibi_bias, rope_angles
-from tidal_dist.model.transformer import Checkpoint, Embedding, KeysValues, Layer, Linear
+from tidal_dist.model.transformer import Checkpoint, Embedding, KeysValues, Layer, Linear, logits_or_nats
 
 _MULTIPLE = 8  # of hidden widths, as in ModelConfig
 
@@ -70,13 +70,7 @@ class PlainDecoder(nn.Module):
                 x = self.checkpoint(lambda inputs, layer=layer: layer(inputs, angles, bias), x)
             else:
                 x = layer(x, angles, bias)
-        hidden = self.norm(x)
-        if labels is None:
-            return self.output(hidden)
-        supervised = labels != IGNORED
-        # Sums of many small probabilities need more than bf16.
-        logits = self.output(hidden[supervised]).to(torch.promote_types(hidden.dtype, torch.float32))
-        return F.cross_entropy(logits, labels[supervised], reduction="sum")
+        return logits_or_nats(self.output, self.norm(x), labels)
 
     def _prepare(self, n: int, x: torch.Tensor) -> tuple[KeysValues | None, torch.Tensor | None]:
         """Rotary angles, or alibi's bias (1, H, N, N) with a floor where a later position would be seen."""

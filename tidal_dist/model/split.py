@@ -92,14 +92,18 @@ class Split:
     def table(self, queries: slice) -> torch.Tensor:
         """See `attention.Prepared`."""
         n, parts = self.n_tokens + self.n_chars, [*self.token_parts, *self.char_parts]
+        first, end, _ = queries.indices(n)
         heads = max([part.bias.shape[1] for part in parts], default=1)
-        table = torch.full((self.n_rows, heads, n, n), -torch.inf, dtype=torch.float64)
+        table = torch.full((self.n_rows, heads, max(end - first, 0), n), -torch.inf, dtype=torch.float64)
         for part in parts:
             for window in range(part.windows):
                 at = window * _length(part.queries)
-                q, k = (slice(s.start + at, s.stop + at) for s in (part.queries, part.keys))
-                table[part.rows, :, q, k] = part.bias[window : window + 1] if part.windows > 1 else part.bias
-        return table[:, :, queries]
+                q, k = _shifted(part.queries, at), _shifted(part.keys, at)
+                start, stop = max(q.start, first), min(q.stop, end)
+                if start < stop:
+                    its = part.bias[window : window + 1] if part.windows > 1 else part.bias
+                    table[part.rows, :, start - first : stop - first, k] = its[:, :, start - q.start : stop - q.start]
+        return table
 
     def computed_pairs(self) -> int:
         """See `attention.Prepared`."""
@@ -173,10 +177,10 @@ def split(tokens: Slots, chars: Slots, longest_run: int, scoring: Scoring) -> Sp
 
 def _on_tokens(query: Slots, tokens: Slots, first: int, scoring: Scoring) -> Iterator[Part]:
     """Parts of slots that attend to tokens. first: the queries' first slot among all."""
-    rows = slice(0, query.ids.shape[0])
+    rows, (light_query, light_tokens) = slice(0, query.ids.shape[0]), map(_light, (query, tokens))
     for chunk in _chunks(query):
-        asking = query.map(lambda a, s=chunk: a[:, s])
-        sees = _sees(asking, tokens, scoring)
+        asking = _cut(query, slice(None), chunk)
+        sees = _sees(_cut(light_query, slice(None), chunk), light_tokens, scoring)
         for some, keys in _stretches(sees):
             part = bias_of(sees[some, :, keys], _cut(asking, some), _cut(tokens, some, keys), scoring)
             yield Part(rows if some == slice(None) else some, _shifted(chunk, first), keys, part)
@@ -186,7 +190,7 @@ def _on_all(tokens: Slots, chars: Slots, scoring: Scoring) -> Iterator[Part]:
     """The one part of few chars: tokens from the first that any of them sees, and all chars."""
     (n_rows, n_tokens), n_chars = tokens.ids.shape, chars.ids.shape[1]
     if n_chars:
-        sees = _sees(chars, tokens, scoring)
+        sees = _sees(_light(chars), _light(tokens), scoring)
         start = min((keys.start for _, keys in _stretches(sees)), default=n_tokens)
         keys = slice(start, n_tokens)
         on_tokens = bias_of(sees[:, :, keys], chars, _cut(tokens, slice(None), keys), scoring)
@@ -231,13 +235,15 @@ def _chunks(query: Slots) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
+def _light(slots: Slots) -> Slots:
+    """Slots to ask what they see: numpy takes a third of torch's time for it, which is more than that of attention
+    where rows hold many documents."""
+    return slots.map(lambda array: array.int().numpy()) if asks_rows(slots.ids.device) else slots
+
+
 def _sees(query: Slots, tokens: Slots, scoring: Scoring) -> torch.Tensor:
-    """Which tokens the queries see, (B, Q, T) bool."""
-    if not asks_rows(query.ids.device):
-        return visible(query, tokens, scoring)
-    # A third of the time that torch takes for it, which is more than that of attention where rows hold many documents.
-    asking, asked = (slots.map(lambda array: array.int().numpy()) for slots in (query, tokens))
-    return torch.as_tensor(visible(asking, asked, scoring))
+    """Which tokens the queries see, (B, Q, T) bool, by slots as `_light` makes them."""
+    return torch.as_tensor(visible(query, tokens, scoring))
 
 
 def _stretches(sees: torch.Tensor) -> list[tuple[slice, slice]]:

@@ -199,13 +199,7 @@ class TidalTransformer(nn.Module):
                 x = torch.cat([x, entering], dim=1)
             if x.shape[1] or past is None or not past.skips_empty_layers:
                 x = self._run(i, layer, x, n_tokens, *prepared, past)
-        hidden = self.norm(x)
-        if labels is None:
-            return self.output(hidden)
-        supervised = labels != IGNORED
-        # Sums of many small probabilities need more than bf16.
-        logits = self.output(hidden[supervised]).to(torch.promote_types(hidden.dtype, torch.float32))
-        return F.cross_entropy(logits, labels[supervised], reduction="sum")
+        return logits_or_nats(self.output, self.norm(x), labels)
 
     def _run(self, index: int, layer: nn.Module, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         if self.checkpoint is not None and self.training and index % self.checkpoint_every_layers == 0:
@@ -244,6 +238,16 @@ class TidalTransformer(nn.Module):
         if past is not None:
             return past.extend_handoff(state, chars)
         return state.gather(1, context_slots(tokens, chars)[..., None].expand(-1, -1, state.shape[-1]))
+
+
+def logits_or_nats(output: nn.Module, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """Logits of normed states (B, N, width), or with labels (B, N) the sum of their cross-entropy in nats."""
+    if labels is None:
+        return output(hidden)
+    supervised = labels != IGNORED
+    # Sums of many small probabilities need more than bf16.
+    logits = output(hidden[supervised]).to(torch.promote_types(hidden.dtype, torch.float32))
+    return F.cross_entropy(logits, labels[supervised], reduction="sum")
 
 
 def context_slots(tokens: Slots, chars: Slots) -> torch.Tensor:
