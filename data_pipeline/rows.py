@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipeline.baselines import CharOrder, Writes, lay_out_forward_rows, lay_out_plain_rows, plain_shape
 from data_pipeline.errors import BadShardError, ShardError
 from data_pipeline.files import write_npz
 from data_pipeline.layout import CharPositions, LaidOut, lay_out_rows
@@ -27,13 +28,16 @@ PLAN = "plan.json"
 @dataclass(frozen=True)
 class RowFormat:
     """How a row is laid out: its slots, the char positions, the largest random shift of places, the overlap of
-    the pieces of long documents in tokens."""
+    the pieces of long documents in tokens; of baselines (`data_pipeline.baselines`) what is written, in which order.
+    """
 
     row_tokens: int
     row_chars: int
     char_positions: CharPositions = "mirrored"
     place_shift: int = 0
     overlap_tokens: int = 0
+    writes: Writes = "blocks"
+    char_order: CharOrder = "reversed"
 
     @property
     def plan_name(self) -> str:
@@ -42,9 +46,31 @@ class RowFormat:
         return f"rows-{self.row_tokens}x{self.row_chars}{overlap}"
 
 
-def row_format_of(data: DataConfig, char_positions: CharPositions = "mirrored", place_shift: int = 0) -> RowFormat:
+def row_format_of(
+    data: DataConfig,
+    char_positions: CharPositions = "mirrored",
+    place_shift: int = 0,
+    writes: Writes = "blocks",
+    char_order: CharOrder = "reversed",
+) -> RowFormat:
     """The rows that a configuration asks for."""
-    return RowFormat(data.row_tokens, data.row_chars, char_positions, place_shift, data.overlap_tokens)
+    slots = data.row_tokens, data.row_chars
+    return RowFormat(*slots, char_positions, place_shift, data.overlap_tokens, writes, char_order)
+
+
+def lay_out_as(
+    row_format: RowFormat,
+    rows: Sequence[Sequence[Piece]],
+    shifts: Sequence[Sequence[int]],
+    byte_lengths: np.ndarray,
+    shape: tuple[int, int],
+) -> LaidOut:
+    """Rows of pieces as the format wants them, in `shape` slots; arguments and result as of `lay_out_rows`."""
+    if row_format.writes != "blocks":
+        return lay_out_plain_rows(rows, row_format.writes, shape)
+    if row_format.char_order == "forward":
+        return lay_out_forward_rows(rows, shifts, byte_lengths, row_format.char_positions, shape)
+    return lay_out_rows(rows, shifts, byte_lengths, row_format.char_positions, shape)
 
 
 def plan_shard(storage: Storage, name: str, lengths: DocumentLengths, row_format: RowFormat) -> dict[str, Any]:
@@ -141,7 +167,11 @@ class PieceOrigin(NamedTuple):
 
 
 class RowReader:
-    """Reads rows of one split: addresses in, streams out. Keeps the last shards open, `open_shards` at most."""
+    """Reads rows of one split: addresses in, streams out. Keeps the last shards open, `open_shards` at most.
+
+    Attributes:
+        shape: token slots T and char slots C of a row.
+    """
 
     def __init__(
         self,
@@ -157,13 +187,20 @@ class RowReader:
         self._plan = read_row_plan(manifest, row_format)[split]
         self.shard_rows = tuple(shard["rows"] for shard in self._plan)
         self._open: Callable[[int], tuple[ShardReader, RowPlan]] = lru_cache(open_shards)(self._open_shard)
+        self.shape = (row_format.row_tokens, row_format.row_chars)
+        if row_format.writes != "blocks":
+            self.shape = plain_shape([self._row_plan(shard) for shard in range(len(self._plan))], row_format.writes)
 
     def _open_shard(self, shard: int) -> tuple[ShardReader, RowPlan]:
-        storage, plan = self._manifest.storage, self._plan[shard]
+        reader = ShardReader(self._manifest.storage, self._manifest.shards(self._split)[shard])
+        return reader, self._row_plan(shard)
+
+    def _row_plan(self, shard: int) -> RowPlan:
+        plan = self._plan[shard]
         name = f"{self._format.plan_name}/{plan['name']}.npz"
-        with storage.open(name, plan["size"], plan["sha256"]) as file, np.load(file, allow_pickle=False) as arrays:
-            rows = RowPlan(**arrays)
-        return ShardReader(storage, self._manifest.shards(self._split)[shard]), rows
+        opened = self._manifest.storage.open(name, plan["size"], plan["sha256"])
+        with opened as file, np.load(file, allow_pickle=False) as arrays:
+            return RowPlan(**arrays)
 
     def pieces(self, address: RowAddress) -> list[Piece]:
         """The pieces of documents that a row holds.
@@ -209,8 +246,7 @@ class RowReader:
         """
         rows = [self.pieces(address) if address is not None else [] for address, _ in wanted]
         shifts = [self._shifts(len(row), g) for row, (_, g) in zip(rows, wanted, strict=True)]
-        shape = (self._format.row_tokens, self._format.row_chars)
-        return lay_out_rows(rows, shifts, self._byte_lengths, self._format.char_positions, shape)
+        return lay_out_as(self._format, rows, shifts, self._byte_lengths, self.shape)
 
     def row(self, address: RowAddress | None, g: int | None) -> LaidOut:
         """One row's tokens (T,), chars (C,) and labels (C,), as in `rows`."""

@@ -49,9 +49,15 @@ class Batch:
         """Number of supervised labels."""
         return int((self.labels != IGNORED).sum())
 
-    def byte_count(self) -> int:
-        """Number of supervised bytes: labels without end marks."""
-        return int(((self.labels >= 0) & (self.labels < 256)).sum())
+    def byte_count(self, byte_lengths: np.ndarray | None = None) -> int:
+        """Number of supervised bytes: labels without end marks.
+
+        Args:
+            byte_lengths: bytes that each id stands for, where labels may be BPE tokens.
+        """
+        if byte_lengths is None:
+            return int(((self.labels >= 0) & (self.labels < 256)).sum())
+        return int(byte_lengths.take(self.labels[self.labels != IGNORED].cpu().numpy()).sum())
 
     def token_count(self) -> int:
         """Number of token slots that are no padding."""

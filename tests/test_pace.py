@@ -15,7 +15,7 @@ from tidal_dist.flops import row_flops
 from tidal_dist.training.pace import Pace, Work, host_memory, measured_tflops
 from tidal_dist.training.phases import Phase, Phases
 
-BATCH = cast(Batch, SimpleNamespace(byte_count=lambda: 100, token_count=lambda: 50))
+BATCH = cast(Batch, SimpleNamespace(byte_count=lambda _: 100, token_count=lambda: 50))
 
 
 class Clock:
@@ -114,7 +114,7 @@ def test_a_phase_inside_another_has_its_time_alone(clock: Clock) -> None:
 def test_work_is_that_of_the_rows_of_a_rank() -> None:
     config = load_config(Path(__file__).parents[1] / "configs" / "demo.yaml")
     row = row_flops(config.model, 72, 40, config.segmentation.max_block_bytes).training
-    assert Work.of(config, 2, 3.5) == Work(row * 16 / 2, 3.5)
+    assert Work.of(config, 2, 3.5, (72, 40)) == Work(row * 16 / 2, 3.5)
 
 
 def test_a_slow_device_is_not_given_a_large_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,16 +107,18 @@ def row_flops(
     row_chars: int,
     max_block_bytes: int = SegmentationConfig().max_block_bytes,
     labels: int | None = None,
+    output_size: int = OUTPUT_VOCABULARY,
 ) -> RowFlops:
     """FLOPs of one row of `row_tokens` token and `row_chars` char slots.
 
     Args:
         labels: supervised chars, of which alone there are logits; none: all of the row.
+        output_size: ids to choose from.
     """
-    longest_run = max_block_bytes + 1
+    longest_run = max_block_bytes + 1 if model.writes == "blocks" else row_chars
     layers = tuple(_layer(model, i, row_tokens, row_chars, longest_run) for i in range(model.n_layers))
     handoff = 2 * row_tokens * model.width**2 if model.has_handoff else 0
-    output = 2 * (row_chars if labels is None else labels) * model.width * OUTPUT_VOCABULARY
+    output = 2 * (row_chars if labels is None else labels) * model.width * output_size
     return RowFlops(layers, handoff, output)
 
 

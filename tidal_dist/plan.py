@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from tidal_dist.config import Config
+from tidal_dist.errors import ConfigError
 from tidal_dist.flops import RowFlops, recomputed_layers, row_flops
 from tidal_dist.planning.activations import PassMemory, PassShape, pass_memory
 from tidal_dist.planning.cluster import Assumptions, Cluster, Precision, Rows, precision_of, rows_of
@@ -97,6 +98,8 @@ def plan(config: Config, cluster: Cluster, assumed: Assumptions, content: RowCon
     Raises:
         UserError: the run cannot be laid out on this many GPUs, or the GPU lacks the precision.
     """
+    if config.model.is_baseline:
+        raise ConfigError("model.writes and model.char_order: a baseline, of which nothing is reckoned; leave them out")
     training = config.training
     precision = precision_of(config, cluster.gpu)
     rows = rows_of(config, cluster.ranks)

@@ -4,7 +4,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from data_pipeline.baselines import CharOrder, Writes
 from data_pipeline.section import Section
+
+# What a property of `ModelConfig` that a plain decoder has not is set by.
+_SPELT = {"char_depth": "no char_layers", "has_handoff": "handoff: false"}
 
 
 class ModelConfig(Section):
@@ -27,6 +31,8 @@ class ModelConfig(Section):
     places: bool = True
     place_shift: int = Field(0, ge=0, description="training adds a random 0..place_shift to a document's places")
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    char_order: CharOrder = Field("reversed", description="forward: blocks from their start, to compare with")
+    writes: Writes = Field("blocks", description="tokens, bytes: a plain decoder, to compare with")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
@@ -36,7 +42,23 @@ class ModelConfig(Section):
             raise ValueError(f"rope needs an even head width, not {self.width // self.n_heads}")
         if self.char_depth > self.n_layers:
             raise ValueError(f"char_layers {self.char_layers} is more than n_layers {self.n_layers}")
+        if self.writes != "blocks":
+            plain = {"places": False, "char_positions": "forward", "char_order": "reversed", "has_handoff": False}
+            needed = {"char_depth": self.n_layers, **plain}
+            wrong = [
+                _SPELT.get(name, f"{name}: {value}".lower())
+                for name, value in needed.items()
+                if getattr(self, name) != value
+            ]
+            if wrong:
+                raise ValueError(f"a plain decoder (writes: {self.writes}) needs {', '.join(wrong)}")
         return self
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is what the TidalTransformer is compared with: trained and measured, but neither exported nor
+        asked to generate."""
+        return self.writes != "blocks" or self.char_order != "reversed"
 
     @property
     def char_depth(self) -> int:

@@ -15,7 +15,7 @@ from tidal_dist.config import Config, load_config
 from tidal_dist.devices import free_memory
 from tidal_dist.errors import CheckpointError, ShardError, UserError
 from tidal_dist.export import package
-from tidal_dist.export.consolidate import consolidated_weights, find_checkpoint
+from tidal_dist.export.consolidate import check_is_no_baseline, consolidated_weights, find_checkpoint
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.provenance import Provenance, load_probe
 from tidal_dist.training import checkpoint as ckpt
@@ -71,6 +71,7 @@ def load_subject(path: Path, shards: Path, device: str = "cpu") -> Subject:
         _check_memory(checkpoint, _weight_bytes(state), device)
         weights = consolidated_weights(checkpoint)
         settings = load_config(checkpoint / ckpt.CONFIG)
+        check_is_no_baseline(checkpoint, settings.model)
         tokenizer = MixedTokenizer.load(checkpoint / ckpt.TOKENIZER, settings.segmentation)
         model = package.model_of_weights(settings.model, tokenizer, {k: w.clone() for k, w in weights.items()})
     return Subject(

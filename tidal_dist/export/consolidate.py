@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tidal_dist.config import load_config
+from tidal_dist.config import ModelConfig, load_config
 from tidal_dist.errors import CheckpointError
 from tidal_dist.export.package import PROBE, TEXTS, TOKENIZER, TRAINING
 from tidal_dist.export.weights import UNIVERSAL, Weights, averaged, stored_weights
@@ -88,6 +88,7 @@ def export(path: Path, out: Path, choice: Choice | str = Choice()) -> dict[str, 
     newest = checkpoints[-1]
     states = [ckpt.load_state(checkpoint) for checkpoint in checkpoints]
     config, made = load_config(newest / ckpt.CONFIG), states[-1].provenance
+    check_is_no_baseline(newest, config.model)
     weights = [_checked_weights(*pair) for pair in zip(checkpoints, states, strict=True)]
     files = {TOKENIZER: newest / ckpt.TOKENIZER, PROBE: newest / ckpt.PROBE, TRAINING: newest / ckpt.CONFIG}
     if (newest / ckpt.TEXTS).is_file():
@@ -118,6 +119,20 @@ def export(path: Path, out: Path, choice: Choice | str = Choice()) -> dict[str, 
         "texts": proof.texts,
         "proof": proof.lines(),
     }
+
+
+def check_is_no_baseline(checkpoint: Path, model: ModelConfig) -> None:
+    """Check that generation knows the model of a checkpoint.
+
+    Raises:
+        CheckpointError: it is one to compare with.
+    """
+    if model.is_baseline:
+        what = f"model.writes: {model.writes}" if model.writes != "blocks" else f"model.char_order: {model.char_order}"
+        raise CheckpointError(
+            f"{checkpoint}: a baseline ({what}), which is trained and measured only (`python -m experiments`); "
+            "export or examine a model that writes blocks from their end"
+        )
 
 
 def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -170,7 +170,8 @@ class TidalTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention
-        self.longest_run = max_block_bytes + 1
+        # The only block of a plain decoder is the document.
+        self.longest_run = max_block_bytes + 1 if config.writes == "blocks" else None
         self.checkpoint = checkpoint
         self.checkpoint_every_layers = checkpoint_every_layers
         self.embedding = Embedding(vocab_size, config.width)
@@ -181,7 +182,7 @@ class TidalTransformer(nn.Module):
             self.handoff = Linear(config.width, config.width)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
-        self.output = Linear(config.width, OUTPUT_VOCABULARY)
+        self.output = Linear(config.width, vocab_size if config.writes == "tokens" else OUTPUT_VOCABULARY)
 
     def forward(
         self, tokens: Slots, chars: Slots, labels: torch.Tensor | None = None, past: Past | None = None
@@ -224,7 +225,8 @@ class TidalTransformer(nn.Module):
         scoring = Scoring(config.token_attention, alibi_heads, dtype, config.width // config.n_heads)
         prepared: Prepared | torch.Tensor
         if past is None:
-            prepared = prepare_attention(tokens, chars, self.longest_run, scoring, self.attention)
+            longest_run = self.longest_run or chars.ids.shape[1]
+            prepared = prepare_attention(tokens, chars, longest_run, scoring, self.attention)
         else:
             prepared = cached_bias(*past.extend_slots(), scoring)
         if config.encoding != "rope":

@@ -79,8 +79,9 @@ def open_data(
 
 
 def _reader(config: Config, manifest: Manifest, tokenizer: MixedTokenizer, split: str, world: int) -> RowReader:
-    data = config.data
-    row_format = row_format_of(data, config.model.char_positions, config.model.place_shift)
+    data, model = config.data, config.model
+    order = model.writes, model.char_order
+    row_format = row_format_of(data, model.char_positions, model.place_shift, *order)
     # Each lane of the rank stands in a shard of every source, and goes from one to the next.
     open_shards = 2 * (data.lanes // world) * max(1, len(set(manifest.sources(split))) if data.mix else 1)
     return RowReader(manifest, split, tokenizer, row_format, data.seed, max(open_shards, 16))

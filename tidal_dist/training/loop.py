@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from data_pipeline.ledger import Ledger
@@ -26,11 +27,13 @@ from tidal_dist.training.state import RunState, Texts
 from tidal_dist.training.stopping import next_step, owes_validation
 from tidal_dist.training.telling import tell_saves
 from tidal_dist.training.validation import (
+    Outcome,
     as_markdown,
     attention_share,
     generation_metrics,
     validation_generation,
     validation_loss,
+    validation_match,
     validation_pictures,
 )
 
@@ -56,7 +59,7 @@ def run_steps(run: Run, state: RunState) -> RunState | str:
     early_stop = EarlyStop.resumed(config.validation, state.early_stop)
     if not state.step:
         monitor.settings(flat_settings(config), RESULTS)
-    pace = Pace(run.world, phases, _work(run))
+    pace = Pace(run.world, phases, _work(run), _label_bytes(run))
     if run.rank == 0:
         here = Line(state.step, state.step * run.rows_per_step, state.rolling_hash)
         log = RollingLog(run.folder, Line(0, 0, data.start), here)
@@ -158,7 +161,12 @@ def _work(run: Run) -> Work:
     if peak is None:
         peak = measured_tflops(ds.device(), torch.bfloat16 if precision == "bf16" else torch.float32)
         run.monitor.line(f"no peak of this device is known: a large matrix product makes {peak:.3g} TFLOP/s")
-    return Work.of(run.config, run.world, peak)
+    return Work.of(run.config, run.world, peak, run.data.reader.shape, run.engine.module.output.out_features)
+
+
+def _label_bytes(run: Run) -> np.ndarray | None:
+    """Bytes that each label stands for, where some are not chars."""
+    return run.tokenizer.byte_lengths if run.config.model.writes == "tokens" else None
 
 
 def _leave_out_bad_shards(run: Run, taken: Step | UserError | None, state: RunState) -> None:
@@ -193,13 +201,17 @@ def _validate(run: Run, state: RunState, early_stop: EarlyStop) -> None:
         return
     engine.eval()
     any_rank = run.watch.meeting.any_rank
-    loss, bits = validation_loss(engine, data.validation, any_rank)
-    outcomes = validation_generation(engine.module, tokenizer, data.tasks, (run.rank, run.world), any_rank)
-    pictures: dict[str, bytes] = {}
-    if run.config.monitor.pictures:
-        pictures = validation_pictures(engine.module, tokenizer, data.pictured, draws=run.rank == 0)
+    loss, bits = validation_loss(engine, data.validation, any_rank, _label_bytes(run))
+    outcomes: list[Outcome] = []
+    matches, pictures = {}, {}
+    if not run.config.model.is_baseline:
+        outcomes = validation_generation(engine.module, tokenizer, data.tasks, (run.rank, run.world), any_rank)
+        if run.config.monitor.pictures:
+            pictures = validation_pictures(engine.module, tokenizer, data.pictured, draws=run.rank == 0)
+    elif any(task.kind == "answer" for task in data.tasks):
+        matches = validation_match(engine, data.validation, any_rank)
     engine.train()
-    metrics = {"validation/loss": loss, "validation/bits_per_byte": bits} | generation_metrics(outcomes)
+    metrics = {"validation/loss": loss, "validation/bits_per_byte": bits} | generation_metrics(outcomes) | matches
     monitor.scalars(step, metrics | attention_share(engine.module, data.validation))
     examples = [outcome.example for outcome in outcomes if outcome.example is not None]
     monitor.generations(step, examples, as_markdown(examples))

@@ -5,10 +5,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 import torch
 
 from data_pipeline.stream import Batch
+from data_pipeline.tokenizer import OUTPUT_VOCABULARY
 from tidal_dist.config import Config
 from tidal_dist.flops import row_flops
 from tidal_dist.training.phases import Phase, Phases
@@ -29,10 +31,16 @@ class Work:
     peak_tflops: float
 
     @classmethod
-    def of(cls, config: Config, world: int, peak_tflops: float) -> "Work":
-        """The work of a configuration on so many ranks."""
-        data = config.data
-        row = row_flops(config.model, data.row_tokens, data.row_chars, config.segmentation.max_block_bytes)
+    def of(
+        cls,
+        config: Config,
+        world: int,
+        peak_tflops: float,
+        shape: tuple[int, int],
+        output_size: int = OUTPUT_VOCABULARY,
+    ) -> "Work":
+        """The work of a configuration on so many ranks, in rows of `shape` token and char slots."""
+        row = row_flops(config.model, *shape, config.segmentation.max_block_bytes, output_size=output_size)
         rows = config.training.batch_rows / world
         return cls(row.training * rows, peak_tflops)
 
@@ -45,15 +53,15 @@ class Work:
 class Pace:
     """The speed of training since the last `take`, over all ranks as far as one can tell from this one."""
 
-    def __init__(self, world: int, phases: Phases, work: Work):
-        self._world, self._phases, self._work = world, phases, work
+    def __init__(self, world: int, phases: Phases, work: Work, byte_lengths: np.ndarray | None = None):
+        self._world, self._phases, self._work, self._byte_lengths = world, phases, work, byte_lengths
         self._steps = self._bytes = self._tokens = 0
         phases.take()  # the time before the first step
 
     def add(self, batches: Sequence[Batch]) -> None:
         """Count a step."""
         self._steps += 1
-        self._bytes += sum(b.byte_count() for b in batches) * self._world
+        self._bytes += sum(b.byte_count(self._byte_lengths) for b in batches) * self._world
         self._tokens += sum(b.token_count() for b in batches) * self._world
 
     def take(self) -> dict[str, float]:

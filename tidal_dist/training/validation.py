@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 
 from data_pipeline.layout import CharPositions, LaidOut, lay_out
@@ -21,7 +22,7 @@ from tidal_dist.generation.decoder import Decoder
 from tidal_dist.generation.events import Generation
 from tidal_dist.generation.report import trace_lines
 from tidal_dist.generation.request import Limits
-from tidal_dist.model.likelihood import bits_per_byte
+from tidal_dist.model.likelihood import bits_per_byte, exactly_predicted
 from tidal_dist.model.maps import char_scores, recorded_maps
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.plots.attention import attention_figure
@@ -90,9 +91,15 @@ def _halves(blocks: list[str], config: ValidationConfig) -> tuple[list[str], lis
 
 @torch.no_grad()
 def validation_loss(
-    model: Callable[..., torch.Tensor], batches: list[Batch], any_rank: Callable[[bool], bool]
+    model: Callable[..., torch.Tensor],
+    batches: list[Batch],
+    any_rank: Callable[[bool], bool],
+    byte_lengths: np.ndarray | None = None,
 ) -> tuple[float, float]:
     """Nats per label and bits per byte over all ranks' batches; every rank has equally many.
+
+    Args:
+        byte_lengths: bytes that each id stands for, where labels may be BPE tokens.
 
     Raises:
         what `any_rank` raises, which all ranks call before each batch.
@@ -102,9 +109,27 @@ def validation_loss(
         any_rank(False)
         nats += float(model(*_on_device(batch)))
         labels += batch.label_count()
-        chars += batch.byte_count()
+        chars += batch.byte_count(byte_lengths)
     nats, labels, chars = all_sum(nats), all_sum(labels), all_sum(chars)
     return nats / max(labels, 1), bits_per_byte(nats, chars)
+
+
+@torch.no_grad()
+def validation_match(
+    model: Callable[..., torch.Tensor], batches: list[Batch], any_rank: Callable[[bool], bool]
+) -> dict[str, float]:
+    """Of the batches' documents those that greedy decoding would write, for models that the decoder does not know.
+
+    Raises:
+        what `any_rank` raises, which all ranks call before each batch.
+    """
+    right = documents = 0.0
+    for batch in batches:
+        any_rank(False)
+        tokens, chars, labels = _on_device(batch)
+        found = exactly_predicted(model(tokens, chars), chars.document, labels)
+        right, documents = right + found[0], documents + found[1]
+    return {"validation/exact_match": all_sum(right) / max(all_sum(documents), 1)}
 
 
 @torch.no_grad()

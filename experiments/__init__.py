@@ -1,0 +1,1 @@
+"""Experiments: what the TidalTransformer is good for, measured against baselines of the same code."""
