@@ -82,12 +82,16 @@ def _shifted(slots: Slots, shifts: Sequence[Sequence[int]]) -> Slots:
 def lay_out_plain(piece: Piece, unit: Unit) -> LaidOut:
     """A piece as one block of tokens or bytes in reading order; what stands before its text carries no loss."""
     ids, sizes = (piece.tokens, piece.block_tokens) if unit == "tokens" else (_bytes_of(piece), piece.block_bytes)
-    prompt, n = int(sizes[: piece.supervised_from].sum()), len(ids)
-    c = np.arange(n + 1)
-    chars = char_slots(np.concatenate([[BOB], ids]), c, np.zeros_like(c), np.ones_like(c), "forward")
     labels = np.concatenate([ids, [EOS if piece.ends_document else IGNORED]])
-    labels[:prompt] = IGNORED
-    return bos_slot(), replace(chars, place=np.full_like(c, NO_PLACE)), labels
+    labels[: int(sizes[: piece.supervised_from].sum())] = IGNORED
+    return *plain_slots(ids), labels
+
+
+def plain_slots(ids: np.ndarray) -> tuple[Slots, Slots]:
+    """Tokens (1,) and chars (1 + n,) of a document that begins with these n units."""
+    c = np.arange(1 + len(ids))
+    chars = char_slots(np.concatenate([[BOB], ids]), c, np.zeros_like(c), np.ones_like(c), "forward")
+    return bos_slot(), replace(chars, place=np.full_like(c, NO_PLACE))
 
 
 def _bytes_of(piece: Piece) -> np.ndarray:
