@@ -11,7 +11,7 @@ SLOW := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-load
 # So that modules and tests are compiled once, and not by each of the hundreds of processes that tests start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-hosts soak check clean
+.PHONY: demo test test-hosts soak results-small check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m launch.demo
@@ -28,6 +28,10 @@ test-hosts: $(INSTALLED)
 soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kill_soak.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kill_soak.py --elastic --kills 30
+
+# What the model is good for, measured: the tables and pictures of docs/RESULTS.md, within an hour on two cores.
+results-small: $(INSTALLED)
+	$(BIN)/python -m experiments run small && $(BIN)/python -m experiments report small
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

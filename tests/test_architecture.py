@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("data_pipeline", "tidal_dist", "launch")
+PACKAGES = ("data_pipeline", "tidal_dist", "launch", "experiments")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 HEAVY = ("torch", "numpy", "deepspeed", "matplotlib", "pydantic", "datatrove", "fastapi", "webdataset", "tokenizers")
 MAY_IMPORT_DEEPSPEED = {"tidal_dist.training.engine"}
@@ -183,6 +183,12 @@ def test_training_generates_only_in_validation() -> None:
 
 def test_entry_points_are_imported_by_nobody() -> None:
     assert not offenders(list(MODULES), "launch", "tidal_dist.cli")
+
+
+def test_experiments_stand_on_top() -> None:
+    others = [module for module in MODULES if not within(module, "experiments")]
+    assert not offenders(others, "experiments")
+    assert not offenders(modules_in("experiments"), "deepspeed")
 
 
 @pytest.mark.skipif("tidal_dist.cli" not in MODULES, reason="no command line yet")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.__main__ import parser as experiments_parser
 from launch.recipes import parser as recipes_parser
 from launch.supervise import parser as supervise_parser
 from launch.train import parser as train_parser
@@ -18,6 +19,7 @@ DOCS = (
     "deepspeed",
     "drill",
     "evaluation",
+    "experiments",
     "generation",
     "guard",
     "multi-node",
@@ -52,6 +54,8 @@ def test_commands_are_understood(page: str) -> None:
             supervise_parser().parse_known_args(words[2:])
         elif words[:2] == ["-m", "launch.recipes"]:
             recipes_parser().parse_intermixed_args(words[2:])
+        elif words[:2] == ["-m", "experiments"]:
+            experiments_parser().parse_args(words[2:])
         elif words[:2] == ["-m", "tidal_dist.evaluation"]:
             from lm_eval._cli import HarnessCLI  # takes seconds
 

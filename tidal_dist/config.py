@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -17,6 +17,8 @@ from data_pipeline.shards import DataConfig
 from data_pipeline.tokenizer import TokenizerConfig
 from tidal_dist.errors import ConfigError
 from tidal_dist.settings import GuardConfig, ModelConfig, MonitorConfig, TrainingConfig, ValidationConfig
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class Config(Section):
@@ -59,6 +61,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing or not YAML, or a key or value is wrong.
     """
+    content = read_yaml(path)
+    for override in overrides:
+        _apply_override(content, override)
+    return parse_config(content, str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, as it stands there.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or no mapping.
+    """
     try:
         content = _load_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
@@ -67,21 +81,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: cannot read ({error})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a configuration is a YAML mapping of sections, this is {type(content).__name__}")
-    for override in overrides:
-        _apply_override(content, override)
-    return parse_config(content, str(path))
+    return content
 
 
 def parse_config(content: dict[str, Any], where: str) -> Config:
-    """The configuration that `content` describes; `where` names its source in errors.
+    """The configuration that `content` describes; as `parse_section`."""
+    return parse_section(Config, content, where)
+
+
+def parse_section(section: type[SectionT], content: dict[str, Any], where: str) -> SectionT:
+    """The section that `content` describes; `where` names its source in errors.
 
     Raises:
         ConfigError: a key or value is wrong.
     """
     try:
-        return Config.model_validate(content)
+        return section.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e, where) for e in error.errors())) from None
+        raise ConfigError("; ".join(_explain(e, where, section) for e in error.errors())) from None
 
 
 def _load_yaml(text: str, where: str) -> Any:
@@ -104,11 +121,11 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     section[keys[-1]] = _load_yaml(value, f"override {override!r}")
 
 
-def _explain(error: Any, where: str) -> str:
+def _explain(error: Any, where: str, section: type[Section]) -> str:
     """One error of pydantic as: where, dotted path, value, rule, nearest valid key."""
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _known_keys(Config, error["loc"][:-1])
+        known = _known_keys(section, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key {path}; {hint}"
@@ -147,4 +164,6 @@ __all__ = [
     "ValidationConfig",
     "load_config",
     "parse_config",
+    "parse_section",
+    "read_yaml",
 ]
