@@ -141,12 +141,12 @@ def lengths(samples: Samples) -> set[tuple[int, ...]]:
 
 def test_operands_have_the_digits_asked_for(corpora: dict[str, Written]) -> None:
     assert lengths(corpora["sums"].train) == {(3, 3)}
-    assert lengths(corpora["sums"].tests["digits-012"]) == {(12, 12)}
+    assert lengths(corpora["sums"].tests["digits-12"]) == {(12, 12)}
     assert lengths(corpora["differences"].train) == {(a, b) for a in range(1, 5) for b in range(1, 5)}
     assert {len(n) for n in lengths(corpora["many_operands"].train)} == {3, 4}
-    assert lengths(corpora["many_operands"].tests["operands-4-digits-005"]) == {(5, 5, 5, 5)}
+    assert lengths(corpora["many_operands"].tests["operands-4-digits-5"]) == {(5, 5, 5, 5)}
     assert {b for _, b in lengths(corpora["multiplication"].train)} == {1, 2}
-    assert lengths(corpora["multiplication"].tests["factor-2-digits-003"]) == {(3, 2)}
+    assert lengths(corpora["multiplication"].tests["factor-2-digits-3"]) == {(3, 2)}
 
 
 def test_weights_of_lengths(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_there_are_words_enough() -> None:
 def test_more_problems_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^task sums, training: found only \d+ different problems, not 1000; "):
         write(tmp_path / "a", "sums", digits=1, distinct=1000, test_count=1)
-    with pytest.raises(ConfigError, match=r"^task sums, test digits-001: found only "):
+    with pytest.raises(ConfigError, match=r"^task sums, test digits-1: found only "):
         write(tmp_path / "b", "sums", test_digits=[1])
     with pytest.raises(ConfigError, match=r"^task spelling, training: found only "):
         write(tmp_path / "c", "spelling", distinct=100_000, made_share=0.0)
@@ -260,10 +260,11 @@ def test_wrong_options_are_one_clear_line(name: str, options: dict, message: str
 
 def test_the_same_text_with_more_and_more_typos(corpora: dict[str, Written]) -> None:
     tests = corpora["noise"].tests
-    assert list(tests) == ["typos-00", "typos-05", "typos-10", "typos-20"]
-    clean = "".join(sample["text"] for sample in tests["typos-00"])
+    names = ["typos-0", "typos-5", "typos-10", "typos-20"]
+    assert set(tests) == set(names)
+    clean = "".join(sample["text"] for sample in tests["typos-0"])
     shares = []
-    for name in tests:
+    for name in names:
         noisy = "".join(sample["text"] for sample in tests[name])
         shares.append(1 - len(set(_windows(noisy)) & set(_windows(clean))) / len(set(_windows(clean))))
     assert shares[0] == 0
@@ -306,7 +307,7 @@ def test_sizes_of_text(corpora: dict[str, Written]) -> None:
 def test_what_was_written_before_goes(tmp_path: Path) -> None:
     write(tmp_path, "sums", test_digits=[3, 12])
     write(tmp_path, "sums", test_digits=[4])
-    assert set(Written(tmp_path).tests) == {"digits-004"}
+    assert set(Written(tmp_path).tests) == {"digits-4"}
 
 
 def test_training_is_written_last_and_whole(tmp_path: Path) -> None:

@@ -148,8 +148,7 @@ def _tested(problems: Stream) -> Stream:
 
 
 def _digits(n: int) -> str:
-    """The name of a test; names sort by length."""
-    return f"digits-{n:03d}"
+    return f"digits-{n}"
 
 
 SUMS = ComposedTask("sums", DigitOptions, _sums)

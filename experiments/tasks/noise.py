@@ -57,7 +57,7 @@ def _compose(options: NoiseOptions, seed: int) -> Corpus:
 
     text = [s["text"] for s in samples_of(tested, options.test_bytes, "task noise, tests")]
     tests = {
-        f"typos-{round(100 * share):02d}": [{"text": noisy} for noisy in _noisy(text, share, seed)]
+        f"typos-{round(100 * share)}": [{"text": noisy} for noisy in _noisy(text, share, seed)]
         for share in options.test_typos
     }
     return Corpus(
