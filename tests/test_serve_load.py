@@ -231,13 +231,73 @@ class TestLoad:
             assert asked.result().text.endswith("data: [DONE]\n\n")
 
 
-def test_half_a_body() -> None:
-    with server_here(lambda: FakeEngine(TOKENIZER, 4), TOKENIZER, body_seconds=0.2) as (url, _):
-        sent(url, b'{"model": "small", "pro', length=200).close()
-        connection = sent(url, b'{"model": "small", "pro', length=200)
-        assert connection.recv(100).startswith(b"HTTP/1.1 408")
-        connection.close()
-        assert HTTP.get(f"{url}/health").status_code == 200
+class TestSlowClients:
+    """Who sends half a request, and then nothing more or a byte now and then."""
+
+    @pytest.mark.parametrize(
+        ("half", "what"),
+        [
+            (b"POST /v1/comp", b"header"),
+            (b"GET /health HTTP/1.1\r\nHost: a\r\nX-Long: a", b"header"),
+            (
+                b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                b'Content-Length: 200\r\n\r\n{"model": "small", "pro',
+                b"body",
+            ),
+        ],
+    )
+    def test_half_a_request_is_answered_and_takes_no_place(self, half: bytes, what: bytes) -> None:
+        settings = {"header_seconds": 1.0, "body_seconds": 1.0, "batch_size": 1, "queue": 0}
+        with server_here(lambda: FakeEngine(TOKENIZER, 1), TOKENIZER, **settings) as (url, service), raw(url) as slow:
+            slow.sendall(half)
+            assert client_of(url).completions.create(model=MODEL, prompt="a").choices[0].text == FABLE
+            assert service.worker.texts == 0
+            answer = b"".join(iter(lambda: slow.recv(4096), b""))
+            head, body = answer.split(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 408 ")
+            assert b"connection: close" in head.lower()
+            assert json.loads(body)["error"]["code"] == "timeout"
+            assert what in body
+
+    @pytest.mark.parametrize(
+        "begun",
+        [
+            b"",
+            b"GET /health HTTP/1.1\r\nHost: a\r\nX-Long: ",
+            b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n",  # the next one is slow
+            b"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n",  # its body, which nobody reads
+        ],
+    )
+    def test_a_byte_now_and_then_does_not_keep_a_connection(self, begun: bytes) -> None:
+        settings = {"header_seconds": 0.2, "body_seconds": 0.2}
+        with server_here(lambda: FakeEngine(TOKENIZER, 4), TOKENIZER, **settings) as (url, _), raw(url) as slow:
+            slow.sendall(begun)
+            slow.settimeout(0.02)
+            until(lambda: is_closed_after(slow, b"a"))
+
+    def test_who_waits_for_an_answer_is_not_cut_off(self) -> None:
+        with Gated(header_seconds=0.5) as here, ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(here.ask)
+            until(lambda: here.service.worker.texts == 1)
+            time.sleep(0.6)
+            here.gate.release(10_000)
+            assert asked.result().json()["choices"][0]["text"] == FABLE
+
+
+def raw(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def is_closed_after(connection: socket.socket, byte: bytes) -> bool:
+    """Send a byte; whether the other side has closed the connection."""
+    try:
+        connection.sendall(byte)
+        return not connection.recv(4096)
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
 
 
 class TestKey:

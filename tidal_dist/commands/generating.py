@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tidal_dist.generation.request import Constraint, Request
 
 _INFINITY = float("inf")
+_SERVE_SECONDS = ("timeout_seconds", "header_seconds", "body_seconds")
 
 
 def add_generate(sub: argparse.ArgumentParser) -> None:
@@ -73,6 +74,12 @@ def add_serve(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--timeout-seconds", type=float, default=Default.timeout_seconds, help="of a request (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--header-seconds", type=float, default=Default.header_seconds, help="of a header (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--body-seconds", type=float, default=Default.body_seconds, help="of a body (default: %(default)s)"
     )
     sub.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="holds the key that /v1 asks for (or TIDAL_API_KEY does)"
@@ -179,7 +186,7 @@ def serve(arguments: argparse.Namespace) -> int:
         ("max_request_bytes", 1, _INFINITY),
         ("max_prompt_bytes", 1, _INFINITY),
         ("max_bytes_limit", 1, _INFINITY),
-        ("timeout_seconds", 1e-3, _INFINITY),
+        *((name, 1e-3, _INFINITY) for name in _SERVE_SECONDS),
     ):
         check_range(f"--{name.replace('_', '-')}", getattr(arguments, name), low, high)
     from tidal_dist.devices import available_device
@@ -188,7 +195,7 @@ def serve(arguments: argparse.Namespace) -> int:
     settings = ServerSettings(
         model=arguments.model_name or arguments.export.resolve().name,
         api_key=read_api_key(arguments.api_key_file),
-        **{name: getattr(arguments, name) for name in ("batch_size", "queue", "timeout_seconds")},
+        **{name: getattr(arguments, name) for name in ("batch_size", "queue", *_SERVE_SECONDS)},
         **{name: getattr(arguments, name) for name in ("max_request_bytes", "max_prompt_bytes", "max_bytes_limit")},
     )
     try:

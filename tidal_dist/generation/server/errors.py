@@ -27,7 +27,9 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Headers beside the body."""
-        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        # Else what a slow client still sends would keep its connection (RFC 9110, 15.5.9).
+        return headers | {"Connection": "close"} if self.status == 408 else headers
 
 
 def stopping() -> ApiError:

@@ -1,5 +1,6 @@
 """Starts the server: its socket, its engine, its signals."""
 
+import asyncio
 import contextlib
 import resource
 import socket
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
@@ -14,6 +16,7 @@ from tidal_dist.errors import UserError
 from tidal_dist.export.package import load_export
 from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.server.app import create_app
+from tidal_dist.generation.server.protocol import BoundedProtocol
 from tidal_dist.generation.server.service import Service
 from tidal_dist.generation.server.settings import ServerSettings
 
@@ -27,9 +30,11 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service):
         self._service = service
         grace = service.settings.grace_seconds
+        protocol = partial(BoundedProtocol, header_seconds=service.settings.header_seconds)
         super().__init__(
             uvicorn.Config(
                 create_app(service),
+                http=cast(type[asyncio.Protocol], protocol),
                 log_config=None,
                 access_log=False,
                 backlog=_BACKLOG,

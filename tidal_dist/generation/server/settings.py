@@ -17,7 +17,8 @@ class ServerSettings:
         model: the name that clients ask for.
         batch_size: texts written at a time. queue: texts that may wait beside them.
         max_request_bytes: of a request's body. max_prompt_bytes: of each prompt. max_bytes_limit: of `max_tokens`.
-        timeout_seconds: from a request's acceptance to its last byte. body_seconds: for its body to arrive.
+        timeout_seconds: from a request's acceptance to its last byte. header_seconds: for its header to arrive.
+        body_seconds: for its body.
         grace_seconds: what is being written when the server is told to stop has so long to finish.
         api_key: what `/v1` asks for, if anything.
     """
@@ -29,6 +30,7 @@ class ServerSettings:
     max_prompt_bytes: int = 16 * 2**10
     max_bytes_limit: int = 4096
     timeout_seconds: float = 300.0
+    header_seconds: float = 10.0
     body_seconds: float = 30.0
     grace_seconds: float = 3.0
     api_key: str | None = None
