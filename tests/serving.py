@@ -31,7 +31,7 @@ HTTP = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)
 
 class FakeJob:
     def __init__(self, request: Request, listener: Callable[[Any], None] | None):
-        self.request, self.generation, self.done = request, Generation(), False
+        self.request, self.generation, self.done, self.error = request, Generation(), False, None
         self.listener = listener or (lambda _: None)
         self.written: list[int] = []
 

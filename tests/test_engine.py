@@ -163,6 +163,94 @@ def test_a_cancelled_request_leaves_and_the_others_go_on() -> None:
         assert jobs[i].generation == undisturbed[i]
 
 
+class Failing:
+    """Allows everything, and fails in one of its methods from some block on."""
+
+    def __init__(self, method: str, block: int):
+        self._method, self._block = method, block
+
+    def start(self) -> int:
+        return 0
+
+    def allowed(self, state: int, written: bytes, room: int) -> np.ndarray:  # noqa: ARG002
+        self._fail("allowed", state)
+        return np.ones(OUTPUT_VOCABULARY, dtype=bool)
+
+    def after(self, state: int, block: bytes) -> int:  # noqa: ARG002
+        self._fail("after", state)
+        return state + 1
+
+    def _fail(self, method: str, state: int) -> None:
+        if (method, state) == (self._method, self._block):
+            raise LookupError(f"no way on {method} {state}")
+
+
+class FailingDraft:
+    """Proposes nothing, and for prompts with a certain block fails to."""
+
+    def __init__(self, block: str):
+        self._block, self._fails = block, False
+
+    def begin(self, blocks: Sequence[str]) -> "FailingDraft":
+        begun = FailingDraft(self._block)
+        begun._fails = self._block in blocks
+        return begun
+
+    def add(self, block: str) -> None:
+        pass
+
+    def propose(self, written: bytes) -> list[bytes]:  # noqa: ARG002
+        if self._fails:
+            raise LookupError("no way on propose")
+        return []
+
+
+def fail_to_listen(event: Event) -> None:
+    if isinstance(event, Block):
+        raise LookupError("no way on listen")
+
+
+class TestOneThatFails:
+    """A request whose constraint, draft or listener fails."""
+
+    PROMPTS = (*PROMPTS, *["the tide runs out " * 3] * 3)  # the last are read once
+
+    @pytest.mark.parametrize("batch_size", [2, 20])
+    @pytest.mark.parametrize("place", ["allowed", "after", "listen", "propose"])
+    def test_harms_no_other(self, batch_size: int, place: str) -> None:
+        model = lively_model(5, char_layers=2)
+        requests = list(requests_of(self.PROMPTS, Request("", Sampling(0.9), Limits(10))))
+        expected = generations_of(model, requests, batch_size=batch_size)
+        engine = Engine(
+            model, TOKENIZER, batch_size=batch_size, draft=FailingDraft("!?") if place == "propose" else None
+        )
+        constraint = Failing(place, 0) if place in ("allowed", "after") else None
+        jobs = [engine.submit(request) for request in requests[:4]]
+        prompts = ("!?",) if place == "propose" else ("12", self.PROMPTS[-1])
+        failing = [
+            engine.submit(Request(prompt, constraint=constraint), fail_to_listen if place == "listen" else None)
+            for prompt in prompts
+        ]
+        jobs += [engine.submit(request) for request in requests[4:]]
+        while engine.has_work:
+            engine.step()
+        assert [job.generation for job in jobs] == expected
+        for job in failing:
+            assert job.done
+            with pytest.raises(LookupError, match=f"no way on {place}"):
+                _ = job.generation
+            engine.cancel(job)  # there is nothing left to end
+            assert isinstance(job.error, LookupError)
+
+    def test_is_raised_in_its_turn(self) -> None:
+        model = lively_model(5)
+        requests = [Request("12", limits=Limits(9)), Request("12", constraint=Failing("after", 0))]
+        generations = Engine(model, TOKENIZER).run(requests)
+        assert next(generations) == generations_of(model, requests[:1])[0]
+        with pytest.raises(LookupError, match="no way on after 0"):
+            next(generations)
+
+
 def test_a_penalty_makes_repeating_rarer() -> None:
     shares = []
     for penalty in (1.0, 3.0):

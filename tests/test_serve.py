@@ -1,6 +1,7 @@
 """The server's answers over a real engine, and what it says of requests that are wrong."""
 
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,12 +14,14 @@ import torch
 
 from tests.builders import small_tokenizer
 from tests.serving import HTTP, MODEL, client_of, server_here, until
+from tests.test_engine import Failing
 from tests.test_generation import lively_model
 from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.events import Generation
 from tidal_dist.generation.request import Limits, Request
 from tidal_dist.generation.sampling import Sampling
 from tidal_dist.generation.scoring import score
+from tidal_dist.generation.server import service
 from tidal_dist.model.transformer import TidalTransformer
 
 TOKENIZER = small_tokenizer()
@@ -226,6 +229,35 @@ class TestFailure:
         text = client_of(url).completions.create(**asked).choices[0].text
         assert text == alone(PROMPT, Sampling(), Limits(20)).text
 
+    @pytest.mark.parametrize("fields", [{"n": 2}, {"stream": True}])
+    def test_of_one_request_alone(
+        self,
+        model: TidalTransformer,
+        url: str,
+        fields: dict[str, Any],
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(service, "constraint_of", lambda *_: Failing("after", 0))
+        both_are_in = threading.Event()
+        hook = model.register_forward_pre_hook(lambda *_: both_are_in.wait(30) and None)
+        asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 40} | fields
+        with ThreadPoolExecutor(2) as pool:
+            failing = pool.submit(lambda: list(client_of(url).completions.create(**asked, extra_body={"regex": "a"})))
+            other = pool.submit(client_of(url).completions.create, **asked | {"stream": False})
+            until(lambda: waiting_and_running(url) == 2 * asked.get("n", 1))
+            both_are_in.set()
+            with pytest.raises(openai.APIError, match=r"has failed \(LookupError\)") as caught:
+                failing.result()
+            assert caught.value.code == "text_failed"
+            expected = alone(PROMPT, Sampling(), Limits(40)).text
+            assert {choice.text for choice in other.result().choices} == {expected}
+        hook.remove()
+        assert "tidal_failed_passes_total 0.0" in HTTP.get(f"{url}/metrics").text
+        until(lambda: waiting_and_running(url) == 0)
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("tidal serve: a text of a request has failed: LookupError: no way on after 0 (")
+
     def test_always(self, model: TidalTransformer, url: str) -> None:
         def fail(*_: Any) -> None:
             raise RuntimeError("the device is lost")
@@ -237,6 +269,11 @@ class TestFailure:
         hook.remove()
         with pytest.raises(openai.InternalServerError, match="restart the server"):
             client_of(url).completions.create(model=MODEL, prompt="a")
+
+
+def waiting_and_running(url: str) -> float:
+    lines = HTTP.get(f"{url}/metrics").text.splitlines()
+    return sum(float(x.split()[1]) for x in lines if x.startswith(("tidal_queue_length ", "tidal_running ")))
 
 
 def tide_events(text: str) -> list[dict[str, Any]]:

@@ -137,6 +137,8 @@ class Tidal:
                     engine.step()
                 yield from events
                 events.clear()
+            if job.error is not None:
+                raise job.error
 
     @overload
     def score(self, context: str, continuation: str, *, ends: bool = False) -> Score: ...

@@ -20,7 +20,7 @@ from tidal_dist.generation.draft import Draft
 from tidal_dist.generation.events import Generation
 from tidal_dist.generation.passes import Eager, Graphs, PassInputs, parts
 from tidal_dist.generation.request import Request
-from tidal_dist.generation.sequence import Feed, Listener, Writing, answers
+from tidal_dist.generation.sequence import Answer, Feed, Listener, Writing, answers
 from tidal_dist.model.transformer import TidalTransformer
 
 DEFAULT_BATCH_SIZE = 16
@@ -33,20 +33,48 @@ _DRAFTED_CHARS = 32  # chars that a pass takes from a sequence with a draft
 
 @dataclass(eq=False)
 class Job:
-    """A request in an engine. `done`: its generation is complete."""
+    """A request in an engine. `done`: its generation is complete, or it has failed.
+
+    Attributes:
+        error: what its constraint, draft or listener raised, which ended it and no other.
+    """
 
     request: Request
     writing: Writing = field(repr=False)
+    error: Exception | None = None
 
     @property
     def generation(self) -> Generation:
-        """What has come of it so far."""
+        """What has come of it so far.
+
+        Raises:
+            `error`, where there is one.
+        """
+        if self.error is not None:
+            raise self.error
         return self.writing.generation
 
     @property
     def done(self) -> bool:
         """Whether nothing more will come."""
-        return self.writing.is_finished
+        return self.writing.is_finished or self.error is not None
+
+    def feed(self, most_tokens: int, room: int) -> Feed:
+        """See `Writing.feed`; nothing where that fails."""
+        try:
+            return self.writing.feed(most_tokens, room)
+        except Exception as error:
+            self.error = error
+            return Feed(None, [])
+
+    def take(self, fed: Feed, answer: Answer) -> None:
+        """See `Writing.take`."""
+        if self.error is not None:
+            return
+        try:
+            self.writing.take(fed, answer)
+        except Exception as error:
+            self.error = error
 
 
 class Engine:
@@ -109,7 +137,8 @@ class Engine:
 
     def cancel(self, job: Job) -> None:
         """End a request with what it has."""
-        job.writing.cancel()
+        if not job.done:
+            job.writing.cancel()
 
     @property
     def has_work(self) -> bool:
@@ -117,7 +146,11 @@ class Engine:
         return any(not job.done for job in (*self.jobs, *self._waiting))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
-        """Continue requests; the generations in their order, each as soon as those before it are done."""
+        """Continue requests; the generations in their order, each as soon as those before it are done.
+
+        Raises:
+            as `Job.generation`, in the turn of one that has failed.
+        """
         pending, source = deque[Job](), iter(requests)
         while True:
             while len(pending) - sum(job.done for job in pending) < 2 * self.batch_size:
@@ -133,7 +166,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One pass of the model; without work too, since processes that share weights make equally many."""
+        """One pass of the model; without work too, since processes that share weights make equally many.
+
+        An exception of the pass is raised; one that concerns a single request ends this alone, see `Job.error`.
+        """
         self._leave_and_enter()
         was_training = self.model.training
         if was_training:  # to go through all modules takes as long as a small model's pass
@@ -142,11 +178,11 @@ class Engine:
         jobs = self.jobs_of_pass = self.jobs[rows]
         keys = _PROMPT_TOKENS + max((job.writing.cached_tokens for job in jobs), default=0)
         most_tokens = min(_PROMPT_TOKENS, _FEW_TOKENS + _MASK_SLOTS // (keys * max(len(jobs), 1)))
-        feeds = [job.writing.feed(most_tokens, self._room(job.writing)) for job in jobs]
+        feeds = [job.feed(most_tokens, self._room(job.writing)) for job in jobs]
         with one_thread(self._is_small and sum(map(_slots, feeds)) <= _FEW_SLOTS):
             logits = self._pass(rows, [job.writing for job in jobs], feeds)
         for job, fed, answer in zip(jobs, feeds, answers(logits), strict=False):
-            job.writing.take(fed, answer)
+            job.take(fed, answer)
         if was_training:
             self.model.train()
 
@@ -159,7 +195,8 @@ class Engine:
                     continue
                 last = self.jobs.pop()
                 if row < len(self.jobs):
-                    self._cache.copy(len(self.jobs), row)
+                    if last.writing.cached_tokens:  # else it was in no pass yet, and may have no row there
+                        self._cache.copy(len(self.jobs), row)
                     self.jobs[row] = last
         self._cache.release(self._longest())
         held = list[Job]()

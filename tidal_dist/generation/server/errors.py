@@ -48,6 +48,12 @@ def pass_failed(kind: str) -> ApiError:
     return ApiError(500, message, code="pass_failed", kind="server_error")
 
 
+def text_failed(kind: str) -> ApiError:
+    """Something of a request's own failed while one of its texts was written. kind: of the exception."""
+    message = f"writing a text of this request has failed ({kind}); the server's log says where"
+    return ApiError(500, message, code="text_failed", kind="server_error")
+
+
 def queue_full(texts: int, room: int) -> ApiError:
     """No room for more texts."""
     message = f"{texts} of {room} texts are under way, which leaves no room for this; try again later"

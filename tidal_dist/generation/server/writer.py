@@ -1,7 +1,7 @@
 """What the generation thread does: it owns the engine, and obeys an event loop's commands between passes.
 
 A pass that fails takes the requests with it whose texts were in the engine's cache. The others go on in a new engine,
-if that can make a pass; if it cannot, the thread ends.
+if that can make a pass; if it cannot, the thread ends. A text that fails takes its request with it, and no other.
 """
 
 import gc
@@ -18,7 +18,7 @@ from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.events import Block, Char, Text
 from tidal_dist.generation.request import Limits, Request
 from tidal_dist.generation.scoring import Scoring
-from tidal_dist.generation.server.errors import ApiError, pass_failed
+from tidal_dist.generation.server.errors import ApiError, pass_failed, text_failed
 from tidal_dist.generation.server.metrics import Metrics
 from tidal_dist.generation.server.stream import Begun, Event, Failed, Finished, Judged, Stream
 
@@ -218,6 +218,11 @@ class Writer:
 
     def _see_who_is_done(self, stream: Stream) -> None:
         for index, job in list(stream.jobs.items()):
+            if job.error is not None:
+                failure = _Failure(job.error)
+                _log(f"a text of a request has failed: {failure.text}")
+                self._refuse(stream, text_failed(failure.kind))
+                return
             if job.done:
                 del stream.jobs[index]
                 finish: str = job.generation.finish
