@@ -15,6 +15,7 @@ from tidal_dist.generation.events import Block, Char, Event, Generation, Text
 from tidal_dist.generation.repetition import WrittenBlocks
 from tidal_dist.generation.request import Request
 from tidal_dist.generation.sampling import choose, penalised
+from tidal_dist.generation.stops import Ending
 from tidal_dist.generation.utf8 import allowed, block_text
 
 CharInput = tuple[int, int, int, int]  # id, c, block, start_pos
@@ -87,6 +88,7 @@ class Writing:
         self._state = request.constraint.start() if request.constraint else None
         self._n_blocks, self._n_tokens, self._shown, self._n_bytes = 0, 1, 0, 0  # `<bos>` is there already
         self._block = _Block()
+        self._endings = list(map(Ending, request.limits.stop))
         prompt = request.prompt
         blocks = segment(prompt, tokenizer.segmentation) if isinstance(prompt, str) else prompt
         self._draft = draft.begin(blocks) if draft else None
@@ -235,13 +237,16 @@ class Writing:
         for reader in (self._draft, self._seen):
             if reader:
                 reader.add(block.text)
+        for ending in self._endings:
+            ending.read(block.text)
         is_full = limits.max_blocks is not None and len(generation.details) >= limits.max_blocks
         if self._stops():
             self._finish("stop")
         elif is_last or is_full or self._n_bytes >= limits.max_bytes:
             self._finish("eos" if is_last else "length")
         else:
-            self._show(len(generation.text) - self._held_back())
+            held_back = max((ending.length for ending in self._endings), default=0)
+            self._show(len(generation.text) - held_back)
 
     def _as_context(self, done: _Block) -> Block:
         """Turn a block round; its tokens are fed next."""
@@ -259,14 +264,6 @@ class Writing:
         if found:
             generation.text = generation.text[: min(found)]
         return bool(found)
-
-    def _held_back(self) -> int:
-        """Characters at the text's end that may turn out to begin a stop string."""
-        text = self.generation.text
-        longest = [
-            next((n for n in range(len(s) - 1, 0, -1) if text.endswith(s[:n])), 0) for s in self.request.limits.stop
-        ]
-        return max(longest, default=0)
 
     def _show(self, end: int) -> None:
         if end > self._shown:
