@@ -175,6 +175,24 @@ def test_tables_say_what_kernels_compute(scoring: Scoring) -> None:
     assert int((~truth(scoring)[:, 0].isinf()).sum()) <= prepared(scoring).computed_pairs() < 3 * 400 * 400 / 4
 
 
+def test_a_table_is_made_of_the_rows_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_flex, asked = flex.flex(batch().tokens, batch().chars, LONGEST_RUN, SCORINGS[0]), list[int]()
+
+    def counted(query: Slots, key: Slots, scoring: Scoring) -> torch.Tensor:
+        asked.append(query.ids.shape[1])
+        return bias(query, key, scoring)
+
+    monkeypatch.setattr(flex, "bias", counted)
+    for rows, tokens, chars in ((slice(140, 170), 10, 20), (slice(0, 3), 3, 0), (slice(399, 400), 0, 1)):
+        asked.clear()
+        assert of_flex.table(rows).shape[2] == tokens + chars
+        assert asked == [tokens, chars, chars]
+    without_chars = flex.flex(batch().tokens, batch().chars.map(lambda a: a[:, :0]), LONGEST_RUN, SCORINGS[0])
+    table = without_chars.table(slice(None))
+    assert table.shape[2:] == (SHAPE[0], SHAPE[0])
+    assert torch.equal(without_chars.table(slice(7, 9)), table[:, :, 7:9])
+
+
 def test_blocks_are_those_of_the_predicate() -> None:
     """Element by element: the function that the kernel asks, and which blocks it asks about, skips or takes whole."""
     rows = packed([[document_of(TEXT * 8)], [document_of(TEXT)] * 8], TOKENIZER, (400, 650))

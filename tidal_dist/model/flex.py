@@ -49,24 +49,24 @@ class Asking:
 
     Attributes:
         blocks: the blocks that are computed. score: what is added to scores, or None.
-        table: biases of its queries to all its keys, (B, 1 or H, Q, K), made when asked for.
+        table: biases of these of its queries to all its keys, (B, 1 or H, Q, K).
     """
 
     blocks: BlockMask
     score: Callable[..., torch.Tensor] | None
-    table: Callable[[], torch.Tensor]
+    table: Callable[[slice], torch.Tensor]
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """(B, H, Q, D) over (B, H, K, D)."""
         run = _function(is_compiled=q.device.type == "cuda")
         return cast(torch.Tensor, run(q, k, v, score_mod=self.score, block_mask=self.blocks))
 
-    def biases(self) -> torch.Tensor:
+    def biases(self, queries: slice) -> torch.Tensor:
         """As `table`, -inf in blocks that are not computed."""
-        table = self.table()
-        computed = self.blocks.to_dense().bool()
-        computed = computed.repeat_interleave(BLOCK, dim=2).repeat_interleave(BLOCK, dim=3)
-        return table.masked_fill(~computed[:, :, : table.shape[2], : table.shape[3]], -torch.inf).double().cpu()
+        table, computed = self.table(queries), self.blocks.to_dense().bool()
+        block = torch.arange(queries.start, queries.stop, device=table.device) // BLOCK
+        computed = computed[:, :, block].repeat_interleave(BLOCK, dim=3)
+        return table.masked_fill(~computed[..., : table.shape[3]], -torch.inf).double().cpu()
 
     def computed_pairs(self) -> int:
         """Pairs in the blocks that are computed; waits for the device."""
@@ -75,9 +75,14 @@ class Asking:
 
 @dataclass(frozen=True)
 class Flex:
-    """Of one pass. Attributes: n_tokens: T. tokens: over tokens. chars: over all slots; None where there are none."""
+    """Of one pass.
+
+    Attributes:
+        n_tokens: T. n_slots: N. tokens: over tokens. chars: over all slots; None where there are none.
+    """
 
     n_tokens: int
+    n_slots: int
     tokens: Asking
     chars: Asking | None
     kernel: str = "flex"
@@ -93,12 +98,13 @@ class Flex:
 
     def table(self, queries: slice) -> torch.Tensor:
         """See `attention.Prepared`."""
-        of_tokens = self.tokens.biases()
+        first, end, _ = queries.indices(self.n_slots)
+        n = self.n_tokens
+        of_tokens = self.tokens.biases(slice(min(first, n), min(end, n)))
         if self.chars is None:
-            return of_tokens[:, :, queries]
-        of_chars = self.chars.biases()
-        of_tokens = F.pad(of_tokens, (0, of_chars.shape[2]), value=-torch.inf)
-        return torch.cat([of_tokens, of_chars], dim=2)[:, :, queries]
+            return of_tokens
+        of_chars = self.chars.biases(slice(max(first - n, 0), max(end - n, 0)))
+        return torch.cat([F.pad(of_tokens, (0, self.n_slots - n), value=-torch.inf), of_chars], dim=2)
 
     def computed_pairs(self) -> int:
         """See `attention.Prepared`."""
@@ -115,14 +121,15 @@ def _function(is_compiled: bool) -> Callable[..., Any]:
 
 def flex(tokens: Slots, chars: Slots, _longest_run: int, scoring: Scoring) -> Flex:
     """Blocks and scores of one pass over whole rows: tokens (B, T), chars (B, C)."""
-    n_tokens = tokens.ids.shape[1]
-    of_tokens = _asking(tokens, [tokens], scoring)
-    return Flex(n_tokens, of_tokens, _asking(chars, [tokens, chars], scoring) if chars.ids.shape[1] else None)
+    n_tokens, n_chars = tokens.ids.shape[1], chars.ids.shape[1]
+    of_chars = _asking(chars, [tokens, chars], scoring) if n_chars else None
+    return Flex(n_tokens, n_tokens + n_chars, _asking(tokens, [tokens], scoring), of_chars)
 
 
 def _asking(query: Slots, keys: list[Slots], scoring: Scoring) -> Asking:
-    def table() -> torch.Tensor:
-        return torch.cat([bias(query, key, scoring) for key in keys], dim=-1)
+    def table(queries: slice) -> torch.Tensor:
+        asking = query.map(lambda array: array[:, queries])
+        return torch.cat([bias(asking, key, scoring) for key in keys], dim=-1)
 
     return Asking(_blocks(query, keys, scoring), _score(query, keys, scoring), table)
 
