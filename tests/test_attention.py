@@ -1,8 +1,9 @@
 """Kernels of attention against the softmax over what the layout's predicate lets through, forward and backward."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,17 @@ import torch
 import torch.nn.attention.flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data_pipeline.layout import may_see
+from data_pipeline.layout import Slots, may_see
 from data_pipeline.stream import Batch
 from tests.builders import document_of, packed, small_model, small_tokenizer
 from tidal_dist.doctor.oracle import press_slope
 from tidal_dist.model import attention, flex, groups, kernels, split
 from tidal_dist.model.attention import Prepared, Scoring, attend, prepare_attention
 from tidal_dist.model.kernels import FusedOnCpu, Plain
+from tidal_dist.model.scores import bias
+from tidal_dist.training import run as run_module
 from tidal_dist.training import validation
+from tidal_dist.training.run import Run
 from tidal_dist.training.validation import attention_share
 
 TOKENIZER = small_tokenizer()
@@ -258,6 +262,14 @@ def test_the_share_of_pairs_that_are_computed(monkeypatch: pytest.MonkeyPatch) -
     for model.attention, pairs in computed.items():
         assert attention_share(model, [batch()]) == {"validation/attention_share": pairs / 400**2}
     assert attention_share(model, []) == {}
+
+
+def test_the_share_is_found_once_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([{"validation/attention_share": 0.25}])
+    monkeypatch.setattr(run_module, "attention_share", lambda *_: next(found))
+    parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(Run))
+    run = Run(**parts | {"engine": SimpleNamespace(module=None), "data": SimpleNamespace(validation=[])})
+    assert [run.attention_share for _ in range(2)] == [{"validation/attention_share": 0.25}] * 2
 
 
 @pytest.mark.parametrize(

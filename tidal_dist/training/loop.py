@@ -29,7 +29,6 @@ from tidal_dist.training.telling import tell_saves
 from tidal_dist.training.validation import (
     Outcome,
     as_markdown,
-    attention_share,
     generation_metrics,
     validation_generation,
     validation_loss,
@@ -212,7 +211,7 @@ def _validate(run: Run, state: RunState, early_stop: EarlyStop) -> None:
         matches = validation_match(engine, data.validation, any_rank)
     engine.train()
     metrics = {"validation/loss": loss, "validation/bits_per_byte": bits} | generation_metrics(outcomes) | matches
-    monitor.scalars(step, metrics | attention_share(engine.module, data.validation))
+    monitor.scalars(step, metrics | run.attention_share)
     examples = [outcome.example for outcome in outcomes if outcome.example is not None]
     monitor.generations(step, examples, as_markdown(examples))
     for name, png in pictures.items():
