@@ -107,7 +107,8 @@ def write_checkpoint(
     layout = {"ranks": ranks if stage else None, "zero_optimization": {"stage": stage}, "bf16": False}
     uses = [{"source": "sums", "rows": 8 * step, "epochs": 0.25, "repeats": 0, "quarantined": 0}]
     state = ckpt.TrainingState(made, ranks, "", 1.0, layout, float(step), parameters=parameters)
-    state.extra["coverage"] = uses
+    corpus = {"files": 2, "hashed": 1, "list_sha256": "3" * 64, "lines": [f"{'4' * 64}  data/a file.jsonl"]}
+    state.extra.update(coverage=uses, corpus=corpus)
     (partial / ckpt.STATE).write_bytes(state.as_json())
     known = {file.name for file in written}
     written += [commit.written_file(partial, path) for path in partial.iterdir() if path.name not in known]

@@ -116,6 +116,9 @@ def test_the_card_says_what_it_is(run: Path, tmp_path: Path) -> None:
     hashes = (made.manifest_hash, made.tokenizer_hash, made.segmentation_hash, made.config_hash, made.rolling_hash)
     for text in (*hashes, "step-00000002, chosen as 2", "16 rows, 0.2500 epochs", "validation/bits_per_byte | 2.5"):
         assert text in card
+    assert "2, of which 1 were on a disk and are hashed; sha256 of `corpus.sha256`" in card
+    assert f"their list: `{'3' * 64}`" in card
+    assert f"| corpus file `data/a file.jsonl` | `{'4' * 64}` |" in card
     assert "2 stored texts generated again" in card
     assert f"{made.probe_loss:.6f}" in card
     files = json.loads((tmp_path / "out" / "config.json").read_bytes())["files"]

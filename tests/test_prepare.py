@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from data_pipeline import prepare
 from data_pipeline.corpus import CorpusConfig, SourceConfig, SourceFile
 from data_pipeline.errors import CorpusError, ShardError, UserError
+from data_pipeline.files import sha256_of
 from data_pipeline.prepare import Request, run, status
 from data_pipeline.preparing import progress, stages
 from data_pipeline.preparing.assignment import Assignment
@@ -21,6 +23,7 @@ from data_pipeline.preparing.job import Job, into_tasks
 from data_pipeline.preparing.locks import exclusive
 from data_pipeline.preparing.tasks import Task
 from data_pipeline.shards import Manifest
+from data_pipeline.verify import verify
 from tests.conftest import Prepare
 from tests.launching import tidal_here
 from tests.preparing import FILES, config_file, contents, fails, redone, request_for, write_texts
@@ -354,6 +357,23 @@ def test_figures_of_sources_and_coverage_add_up(tmp_path: Path) -> None:
     assert content["coverage"]["bytes_per_token"] == pytest.approx(totals["text_bytes"] / totals["tokens"], abs=1e-4)
     assert content["coverage"]["tokens_per_block"] == pytest.approx(totals["tokens"] / totals["blocks"], abs=1e-4)
     assert 0 < content["coverage"]["one_token_blocks"] < 1
+
+
+@pytest.mark.parametrize("dedup", [{}, {"text": True}])
+def test_the_hashes_of_the_corpus_files_are_recorded(tmp_path: Path, dedup: dict[str, bool]) -> None:
+    folder = write_texts(tmp_path / "texts")
+    (folder / "0.jsonl").rename(folder / "a\\b\nc.jsonl")
+    sources = [SourceConfig(path=str(folder), format="jsonl")]
+    corpus = CorpusConfig.model_validate({"sources": sources, "validation_fraction": 0.2, "dedup": dedup})
+    manifest = run(request_for(tmp_path, corpus)).manifest
+    recorded = tmp_path / "shards" / "corpus.sha256"
+    checked = subprocess.run(["sha256sum", "--check", recorded], capture_output=True, text=True, check=True)
+    assert len(checked.stdout.splitlines()) == FILES
+    assert "FAILED" not in checked.stdout
+    assert manifest.content["files"]["corpus.sha256"]["sha256"] == sha256_of(recorded)
+    assert verify(manifest.storage) == []
+    flip(folder / "1.jsonl")
+    assert subprocess.run(["sha256sum", "--check", recorded], capture_output=True, check=False).returncode == 1
 
 
 def test_the_report(tmp_path: Path) -> None:

@@ -12,12 +12,15 @@ from safetensors.torch import load_file, save
 
 from data_pipeline.errors import UserError
 from data_pipeline.layout import Slots
+from data_pipeline.preparing.corpus_hashes import CORPUS
+from data_pipeline.shards import Manifest
 from data_pipeline.stream import Batch
 
 # Sums in another order (other kernels, threads, ranks) move a float32 loss by about 1e-6, a bf16 one by about 1e-3.
 # Weights that are rounded to fp16, whose steps are 8 times finer than bf16's, lie in between.
 PROBE_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1e-2}
 _TEXTS_FORMAT = 1
+_FEW_FILES = 8  # of a corpus: each is named with its hash
 _LONGEST_TEXT = 64  # bytes that are stored: to write them again takes a pass of the model for each
 
 
@@ -48,6 +51,22 @@ class Provenance:
     probe_loss: float
     metrics: dict[str, float]
     quarantine: dict[str, int] = field(default_factory=dict)
+
+
+def corpus_of(manifest: Manifest) -> dict[str, Any]:
+    """How the corpus files that shards were made of can be told, as JSON; nothing where nobody has recorded it.
+
+    Their number, how many of them were hashed, the sha256 of the list of these, and its lines where they are few.
+    """
+    if CORPUS not in manifest.content["files"]:
+        return {}
+    lines = manifest.storage.read(CORPUS).decode(errors="replace").splitlines()
+    return {
+        "files": manifest.content["read"]["files"],
+        "hashed": len(lines),
+        "list_sha256": manifest.content["files"][CORPUS]["sha256"],
+        "lines": lines if len(lines) <= _FEW_FILES else [],
+    }
 
 
 def probe_bytes(batch: Batch) -> bytes:

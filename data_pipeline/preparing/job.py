@@ -31,7 +31,7 @@ from data_pipeline.shards import FORMAT as SHARD_FORMAT
 from data_pipeline.shards import DataConfig
 from data_pipeline.tokenizer import TokenizerConfig
 
-_FORMAT = 1
+_FORMAT = 2
 _JOB = "job.json"
 _LOCK = "lock"
 _PUBLISHED = "published.json"

@@ -13,6 +13,7 @@ from data_pipeline.encoding import BatchEncoder
 from data_pipeline.errors import CorpusError, UserError
 from data_pipeline.files import replace_file, sha256_of
 from data_pipeline.preparing.assignment import Assignment, Stage
+from data_pipeline.preparing.corpus_hashes import CORPUS, as_list, hash_files
 from data_pipeline.preparing.job import Job
 from data_pipeline.preparing.receipts import Receipt
 from data_pipeline.preparing.sampling import Part, Sampled, is_validation, sample_texts
@@ -89,7 +90,7 @@ def _clean(given: Assignment) -> dict[str, Any]:
     counts = ReadCounts()
     with _read(given, counts) as documents:
         write_clean(given.watch.documents(documents), given.between / "clean", given.task)
-    return {"read": asdict(counts)}
+    return {"read": asdict(counts), "files": hash_files(given.job.files(given.task))}
 
 
 @contextmanager
@@ -138,7 +139,8 @@ def _write_shards(given: Assignment) -> dict[str, Any]:
     for entry in (entry for split in SPLITS for entry in entries[split]):
         lengths = read_lengths(storage, entry)
         plans[entry["name"]] = plan_shard(storage, entry["name"], lengths, job.row_format)
-    return {"read": asdict(counts), "dropped": dropped, "entries": entries, "plans": plans}
+    files = [] if job.corpus.dedup.wanted else hash_files(job.files(given.task))  # by who reads them
+    return {"read": asdict(counts), "files": files, "dropped": dropped, "entries": entries, "plans": plans}
 
 
 @lru_cache(maxsize=1)
@@ -174,6 +176,8 @@ def _finish(given: Assignment) -> dict[str, Any]:
     _check_training(splits["train"], _total(reads))
     replace_file(folder / _CONFIG, (job.folder / _CONFIG).read_bytes())
     replace_file(folder / _TOKENIZER, (job.shards / _TOKENIZER).read_bytes())
+    lines = [line for task in range(len(job.tasks)) for line in receipts[reader, task].result["files"]]
+    replace_file(folder / CORPUS, as_list(lines))
     extra = {
         "read": asdict(_total(reads)),
         "duplicates": _summed(result["dropped"] for result in shards),
@@ -190,7 +194,7 @@ def _finish(given: Assignment) -> dict[str, Any]:
 
 def _files(given: Assignment, receipts: Iterable[Receipt]) -> dict[str, dict[str, Any]]:
     """Size and sha256 of the files beside the shards, side files included."""
-    own = {name: (given.shards / name).stat().st_size for name in (_CONFIG, _TOKENIZER)}
+    own = {name: (given.shards / name).stat().st_size for name in (_CONFIG, _TOKENIZER, CORPUS)}
     files = {name: (size, sha256_of(given.shards / name)) for name, size in own.items()}
     for receipt in receipts:
         for path, recorded in receipt.outputs.items():

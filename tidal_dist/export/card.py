@@ -83,7 +83,7 @@ def _training(made: dict[str, Any], origin: dict[str, Any]) -> list[tuple[str, s
         ("optimizer steps", f"{made['step']:,}"),
         ("rows", f"{made['rows']:,}"),
         *((f"data: {use['source']}", _use(use)) for use in origin.get("coverage", [])),
-        *((f"corpus: {name}", text) for name, text in origin.get("corpus", {}).items()),
+        *_corpus(origin.get("corpus")),
         ("ranks, ZeRO stage", f"{origin.get('ranks', 'unknown')}, {origin.get('zero_stage', 'unknown')}"),
         ("rolling hash of the rows", f"`{made['rolling_hash']}`"),
         ("sha256 of the shards' manifest, which names every shard's", f"`{made['manifest_hash']}`"),
@@ -96,6 +96,16 @@ def _training(made: dict[str, Any], origin: dict[str, Any]) -> list[tuple[str, s
     if "coverage" not in origin:
         facts.append(("data by source", "the checkpoint does not say; `tidal report` on the run does"))
     return facts
+
+
+def _corpus(corpus: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    if not corpus:
+        return
+    which = f"{corpus['files']:,}, of which {corpus['hashed']:,} were on a disk and are hashed"
+    yield "corpus files", f"{which}; sha256 of `corpus.sha256` beside the shards, their list: `{corpus['list_sha256']}`"
+    for line in corpus["lines"]:
+        sha256, _, path = line.partition("  ")
+        yield f"corpus file `{path}`", f"`{sha256}`"
 
 
 def _use(use: dict[str, Any]) -> str:

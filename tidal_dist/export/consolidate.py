@@ -170,8 +170,7 @@ def _origin(checkpoints: Sequence[Path], states: Sequence[ckpt.TrainingState], c
     }
     if (newest / COMMIT).is_file():
         origin["commit_sha256"] = hashlib.sha256((newest / COMMIT).read_bytes()).hexdigest()
-    if "coverage" in state.extra:
-        origin["coverage"] = state.extra["coverage"]
+    origin |= {name: state.extra[name] for name in ("coverage", "corpus") if name in state.extra}
     if choice.which == AVERAGE:
         steps = [found.provenance.step for found in states]
         origin["average"] = {"decay": choice.decay, "steps": steps}

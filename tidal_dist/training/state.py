@@ -19,7 +19,7 @@ from data_pipeline.segmentation import segmentation_hash
 from data_pipeline.shards import Manifest
 from tidal_dist.config import Config
 from tidal_dist.errors import CheckpointError, UserError
-from tidal_dist.provenance import Provenance, StoredText, probe_bytes, probe_loss, texts_bytes
+from tidal_dist.provenance import Provenance, StoredText, corpus_of, probe_bytes, probe_loss, texts_bytes
 from tidal_dist.training import checkpoint as ckpt
 from tidal_dist.training import commit
 from tidal_dist.training import engine as ds
@@ -77,6 +77,7 @@ class Saver:
             "tokenizer_hash": manifest.content["tokenizer_hash"],
             "segmentation_hash": segmentation_hash(config.segmentation),
         }
+        self._corpus = corpus_of(manifest)
         self._products = {
             ckpt.CONFIG: config.to_yaml().encode(),
             ckpt.TOKENIZER: manifest.storage.read("tokenizer.json"),
@@ -240,7 +241,7 @@ class Saver:
         best = {mark: max(self._best[mark], found[mark]) for mark in marks}
         saved = replace(saved, best={mark: value for mark, value in (self._best | best).items() if value > -math.inf})
         uses = [asdict(use) for use in Ledger(self._data.stream.order).at(saved.provenance.rows)]
-        saved = replace(saved, extra=saved.extra | {"coverage": uses})
+        saved = replace(saved, extra=saved.extra | {"coverage": uses, "corpus": self._corpus})
         texts = {}
         if state.texts and state.texts.step == state.step:  # those of an earlier step are not what these weights write
             texts = {ckpt.TEXTS: texts_bytes(state.texts.texts)}
