@@ -9,7 +9,7 @@ from experiments.places import Places
 from experiments.results import as_bytes
 from experiments.sources import sources_hash
 from experiments.spec import load_set
-from experiments.tables import as_markdown
+from experiments.tables import as_markdown, samples_as_markdown
 from tidal_dist.errors import UserError
 from tidal_dist.plots.canvas import save
 
@@ -48,10 +48,15 @@ def _check_complete(outcomes: list[Outcome], set_name: str) -> None:
 
 
 def _write(outcome: Outcome, folder: Path, set_name: str) -> list[Path]:
-    data, picture = (folder / f"{outcome.experiment.name}{ending}" for ending in (".json", ".png"))
+    data, picture, texts = (
+        folder / f"{outcome.experiment.name}{ending}" for ending in (".json", ".png", "-samples.md")
+    )
     save(figure_of(outcome), picture)
     replace_file(data, as_bytes(as_json(outcome, set_name)))
-    return [data, picture]
+    if not (page := samples_as_markdown(outcome)):
+        return [data, picture]
+    replace_file(texts, page.encode())
+    return [data, picture, texts]
 
 
 def _tables(outcomes: list[Outcome], set_name: str) -> str:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Result:
         figures: of the evaluation: parameters, training_flops, training_bytes, steps, and of each of tests by name
             exact_match or None, bits_per_byte, count.
         curves: of validation, by metric. data: documents and distinct ones of training, and documents of a step.
-        made: date, seconds, machine.
+        made: date, seconds, machine. samples: of texts, what the model writes (`experiments.samples`).
     """
 
     key: Key
@@ -57,13 +57,14 @@ class Result:
     curves: dict[str, Curve]
     data: dict[str, float]
     made: dict[str, Any]
+    samples: list[dict[str, str]] = field(default_factory=list)
 
     @classmethod
     def of_json(cls, content: Mapping[str, Any]) -> "Result":
         """A result from its file's content."""
         key, figures, made = Key(**content["key"]), _finite_or_not(content["figures"]), content["made"]
         curves = {m: [(int(s), float(v)) for s, v in points] for m, points in content["curves"].items()}
-        return cls(key, figures, curves, dict(content["data"]), dict(made))
+        return cls(key, figures, curves, dict(content["data"]), dict(made), list(content.get("samples", [])))
 
     def as_json(self) -> dict[str, Any]:
         """The content of its file."""
@@ -89,7 +90,7 @@ class Result:
         for metric, points in self.curves.items():
             kept = self.reached(reaches) if reaches and reaches.metric == metric else None
             curves[metric] = thin(points, kept)
-        return Result(self.key, self.figures, curves, self.data, self.made)
+        return replace(self, curves=curves)
 
 
 def thin(points: Curve, kept: int | None = None) -> Curve:

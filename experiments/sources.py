@@ -21,6 +21,7 @@ _MAKE_RESULTS = (
     "launch/train.py",
     "experiments/tasks",
     "experiments/evaluate.py",
+    "experiments/samples.py",
     "experiments/work.py",
 )
 _NEVER_IN_A_RESULT = (

@@ -1,5 +1,6 @@
 """An experiment as Markdown: the question, a table of means and standard deviations over seeds, where it was made."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,27 @@ def as_markdown(outcome: Outcome, picture: str) -> str:
     if outcome.all_results:
         parts += [_as_table(_columns(outcome)), f"![{spec.title}]({picture})", _made(outcome)]
     return "\n\n".join(parts)
+
+
+def samples_as_markdown(outcome: Outcome) -> str:
+    """How each variant's first seed goes on after the same beginnings, side by side; "" where nothing was written."""
+    first = {v: next(iter(seeds.values())).samples for v, seeds in outcome.results.items() if seeds}
+    written = {variant: samples for variant, samples in first.items() if samples}
+    if not written:
+        return ""
+    parts = [f"# {outcome.spec.title}: texts side by side", "Sampled, with the same beginnings for all; JSON strings."]
+    for number, shown in enumerate(next(iter(written.values()))):
+        parts += [
+            f"## {number + 1}",
+            f"after: `{_quoted(shown['context'])}`",
+            f"there: `{_quoted(shown['reference'])}`",
+        ]
+        parts += [f"**{variant}**: `{_quoted(samples[number]['text'])}`" for variant, samples in written.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("`", "\u02cb")
 
 
 Column = tuple[str, list[str]]

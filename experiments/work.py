@@ -92,14 +92,18 @@ def do_job(folder: Path) -> None:
     Raises:
         UserError: what is there does not fit. subprocess.CalledProcessError: the training failed.
     """
-    from experiments.evaluate import evaluate
+    from experiments.evaluate import evaluate, open_trained
+    from experiments.samples import samples
     from tidal_dist.bench.machine import describe_machine
 
     job, started = read_job(folder), time.time()
     run = folder / RUN
     _train(folder)
     trained = time.time()
-    figures = evaluate(run, _tests(Path(job.data) / _CORPUS / "tests"))
+    tests = _tests(Path(job.data) / _CORPUS / "tests")
+    figures = evaluate(run, tests)
+    texts = [document for documents in tests.values() for document in documents[:1] if not document[0]]
+    written = samples(open_trained(run), texts) if texts else []
     device = "cuda" if _has_gpu() else "cpu"
     made = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -107,7 +111,8 @@ def do_job(folder: Path) -> None:
         "evaluation_seconds": round(time.time() - trained, 1),
         "machine": describe_machine(device),
     }
-    write_result(folder, Result(Key(**job.key), figures, _curves(run), _data(job, folder), made))  # type: ignore[arg-type]
+    key = Key(**job.key)  # type: ignore[arg-type]
+    write_result(folder, Result(key, figures, _curves(run), _data(job, folder), made, written))
 
 
 def _train(folder: Path) -> None:

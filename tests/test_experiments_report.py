@@ -280,3 +280,18 @@ def test_json_for_people() -> None:
     text = as_bytes(content).decode()
     assert json.loads(text) == content
     assert re.findall(r"\[.*\]", text) == ["[ 1, 0.5 ]", "[ 2, -1e-07 ]", "[]"]
+
+
+def test_texts_that_models_write_stand_side_by_side(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.write(1, 2, 3)
+    scene.report()
+    assert not list((tmp_path / "docs/results/tiny").glob("*.md"))
+    shown = {"context": "the tide `runs`", "reference": " out\n", "text": " nan"}
+    scene.write(1, 2, 3, change=lambda content: content.update(samples=[shown]))
+    scene.report()
+    page = (tmp_path / "docs/results/tiny/sums-samples.md").read_text("utf-8")
+    assert 'after: `"the tide ˋrunsˋ"`' in page
+    assert 'there: `" out\\n"`' in page
+    assert '**tidal**: `" nan"`' in page
+    assert '**wide**: `" nan"`' in page
