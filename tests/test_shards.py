@@ -123,6 +123,7 @@ def test_the_manifest_knows_every_file(manifest: Manifest) -> None:
         "manifest.json.sha256",
         "tokenizer.json",
         "config.yaml",
+        "corpus.sha256",
     }
     assert (manifest.folder / "config.yaml").read_text() == "resolved: true\n"
 
