@@ -51,6 +51,7 @@ class Written:
     """What a task wrote: training, held-out and test samples."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         self.train, self.held_out = lines(folder / "train.jsonl"), lines(folder / "held-out.jsonl")
         self.tests = {path.stem: lines(path) for path in sorted((folder / "tests").iterdir())}
 
@@ -99,12 +100,12 @@ def test_tests_are_new_and_validation_is_what_the_pipeline_holds_out(name: str, 
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_options_and_seed_decide(name: str, tmp_path: Path) -> None:
-    for folder, seed in (("a", 7), ("b", 7), ("c", 8)):
+def test_options_and_seed_decide(name: str, corpora: dict[str, Written], tmp_path: Path) -> None:
+    for folder, seed in (("again", 1), ("other", 8)):
         write(tmp_path / folder, name, seed)
-    a, b, c = (content(tmp_path / folder) for folder in "abc")
-    assert a == b
-    assert a["train.jsonl"] != c["train.jsonl"]
+    first, again, other = map(content, (corpora[name].folder, tmp_path / "again", tmp_path / "other"))
+    assert first == again
+    assert first["train.jsonl"] != other["train.jsonl"]
 
 
 @pytest.mark.parametrize("name", [name for name, options in SMALL.items() if "count" in options])
@@ -241,19 +242,19 @@ def test_more_problems_than_there_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("sums", {"digit": 3}, "task sums: unknown key options.digit; known keys: count, distinct"),
-        ("sums", {"count": "many"}, "task sums: options.count='many': "),
-        ("sums", {"max_digits": 3}, "task sums: options: give either max_digits or digits"),
-        ("sums", {"digit_weights": [1.0]}, "task sums: options: digit_weights needs as many"),
-        ("sums", {"test_digits": None}, "task sums: options.test_digits: Field required"),
-        ("characters", {"kinds": ["singing"]}, "task characters: options.kinds.0='singing': "),
-        ("noise", {"train_typos": 1.5}, "task noise: options.train_typos=1.5: "),
+        ("sums", {"digit": 3}, "unknown key digit; did you mean digits?"),
+        ("sums", {"count": "many"}, "count='many': "),
+        ("sums", {"max_digits": 3}, "give either max_digits or digits"),
+        ("sums", {"digit_weights": [1.0]}, "digit_weights needs as many"),
+        ("sums", {"test_digits": None}, "test_digits is missing"),
+        ("characters", {"kinds": ["singing"]}, "kinds.0='singing': "),
+        ("noise", {"train_typos": 1.5}, "train_typos=1.5: "),
     ],
 )
 def test_wrong_options_are_one_clear_line(name: str, options: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         write(tmp_path, name, **options)
-    assert str(caught.value).startswith(message)
+    assert str(caught.value).startswith(f"task {name}, options: {message}")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import ValidationError
-
 from data_pipeline.documents import Document
 from data_pipeline.files import whole_file
 from data_pipeline.preparing.sampling import is_validation
 from data_pipeline.section import Section
-from tidal_dist.errors import ConfigError
+from tidal_dist.config import parse_section
 
 VALIDATION_FRACTION = 0.02
 _ONE_IN = 10  # problems, words or files is kept for tests
@@ -67,7 +65,7 @@ class ComposedTask(Generic[OptionsT]):
 
     def write(self, folder: Path, options: Mapping[str, Any], seed: int) -> None:
         """See `Task`."""
-        corpus = self.compose(self._parsed(options), seed)
+        corpus = self.compose(parse_section(self.options, dict(options), f"task {self.name}, options"), seed)
         (folder / TRAIN).unlink(missing_ok=True)
         for old in [folder / HELD_OUT, *(folder / TESTS).glob("*.jsonl")]:
             old.unlink(missing_ok=True)
@@ -75,20 +73,6 @@ class ComposedTask(Generic[OptionsT]):
             _write_lines(folder / TESTS / f"{name}.jsonl", samples)
         _write_lines(folder / HELD_OUT, corpus.held_out)
         _write_lines(folder / TRAIN, corpus.train)
-
-    def _parsed(self, options: Mapping[str, Any]) -> OptionsT:
-        try:
-            return self.options.model_validate(dict(options))
-        except ValidationError as error:
-            raise ConfigError("; ".join(self._explain(e) for e in error.errors())) from None
-
-    def _explain(self, error: Any) -> str:
-        path = ".".join(["options", *map(str, error["loc"])])
-        if error["type"] == "extra_forbidden":
-            return f"task {self.name}: unknown key {path}; known keys: {', '.join(self.options.model_fields)}"
-        rule = error["msg"].removeprefix("Value error, ")
-        value = "" if error["type"] == "missing" or not error["loc"] else f"={error['input']!r}"
-        return f"task {self.name}: {path}{value}: {rule}"
 
 
 def is_tested(subject: str) -> bool:
