@@ -221,6 +221,11 @@ def test_answers_about_characters_cannot_be_guessed(tmp_path: Path) -> None:
     assert 0.35 < rhymes.count(" yes") / len(rhymes) < 0.65
 
 
+def test_no_word_is_longer_than_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, "reversal", max_letters=5)
+    assert {len(sample["answer"]) - 1 for sample in Written(tmp_path).all} == {4, 5}
+
+
 def test_there_are_words_enough() -> None:
     words = real_words(False).words
     assert len(words) > 3000

@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic import Field
 
 from experiments.tasks.problems import ProblemOptions, Problems, Stream, corpus_of
-from experiments.tasks.words import ENDING, Words, made_words, real_words
+from experiments.tasks.words import ENDING, LONGEST, SHORTEST, Words, made_words, real_words
 from experiments.tasks.writing import ComposedTask, Corpus, Sample
 
 Kind = Literal["spelling", "reversal", "counting", "editing", "rhyme"]
@@ -34,6 +34,7 @@ class SingleOptions(ProblemOptions):
     """A corpus of one kind of problems."""
 
     made_share: float = Field(0.5, ge=0.0, le=1.0, description="of training's problems about made words")
+    max_letters: int = Field(LONGEST, ge=SHORTEST, le=LONGEST, description="of a word")
     made_tests: bool = Field(True, description="tests of made words too")
 
 
@@ -102,24 +103,23 @@ _KINDS: dict[Kind, Callable[[Words, random.Random], Sample]] = {
 
 
 def _problems(kinds: list[Kind], options: SingleOptions) -> Problems:
-    tests: dict[str, Stream] = {kind: _tested(kind, real_words) for kind in kinds}
+    longest = options.max_letters
+    real, made = real_words(True, longest), made_words(True, longest)
+    tests: dict[str, Stream] = {kind: partial(_asked, [kind], [real], [1.0]) for kind in kinds}
     if options.made_tests:
-        tests |= {f"{kind}-made": _tested(kind, made_words) for kind in kinds}
-    return Problems(partial(_training, kinds, options.made_share), tests)
+        tests |= {f"{kind}-made": partial(_asked, [kind], [made], [1.0]) for kind in kinds}
+    lists, weights = (
+        [real_words(False, longest), made_words(False, longest)],
+        [1 - options.made_share, options.made_share],
+    )
+    return Problems(partial(_asked, kinds, lists, weights), tests)
 
 
-def _training(kinds: list[Kind], made_share: float, rng: random.Random) -> Iterator[Sample]:
+def _asked(kinds: list[Kind], lists: list[Words], weights: list[float], rng: random.Random) -> Iterator[Sample]:
+    """Endless problems of these kinds about words of these lists."""
     while True:
-        words = made_words(False) if rng.random() < made_share else real_words(False)
+        (words,) = rng.choices(lists, weights)
         yield _KINDS[rng.choice(kinds)](words, rng)
-
-
-def _tested(kind: Kind, words: Callable[[bool], Words]) -> Stream:
-    def stream(rng: random.Random) -> Iterator[Sample]:
-        while True:
-            yield _KINDS[kind](words(True), rng)
-
-    return stream
 
 
 def _mixed(options: CharactersOptions, seed: int) -> Corpus:

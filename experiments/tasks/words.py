@@ -3,7 +3,7 @@
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -44,14 +44,23 @@ class Words:
 
 
 @cache
-def real_words(tested: bool) -> Words:
-    """Words of the library's documentation strings, in alphabetical order."""
-    return Words([word for word in _all_words() if is_tested(word) == tested])
+def real_words(tested: bool, longest: int = LONGEST) -> Words:
+    """Words of the library's documentation strings of so many letters at most, in alphabetical order."""
+    return _kept(_all_words(), tested, longest)
 
 
 @cache
-def made_words(tested: bool) -> Words:
+def made_words(tested: bool, longest: int = LONGEST) -> Words:
     """Words that nobody uses, of the syllables of those that are used, as often as these occur in them."""
+    return _kept(_all_made(), tested, longest)
+
+
+def _kept(words: Iterable[str], tested: bool, longest: int) -> Words:
+    return Words([word for word in words if len(word) <= longest and is_tested(word) == tested])
+
+
+@cache
+def _all_made() -> list[str]:
     known, rng = set(_all_words()), random.Random("made words")
     syllables = [s for word in _all_words() for s in _SYLLABLE.findall(word)]
     made: dict[str, None] = {}
@@ -59,7 +68,7 @@ def made_words(tested: bool) -> Words:
         word = "".join(rng.choice(syllables) for _ in range(rng.choice((2, 2, 3))))
         if _is_fit(word) and word not in known:
             made[word] = None
-    return Words([word for word in made if is_tested(word) == tested])
+    return list(made)
 
 
 @cache
