@@ -27,6 +27,7 @@ from tidal_dist.model.transformer import TidalTransformer
 
 _TEXT = "the tide runs out and 12 + 34 = 46 comes in again "
 _BLOCK = " tide"  # what is written again and again
+_WARM_BLOCKS = 8
 _NAIVE_POINTS = 8  # prefixes at which decoding without a cache is timed; between them it grows evenly
 
 
@@ -110,9 +111,10 @@ def format_table(result: dict[str, Any]) -> str:
 def _generate(
     model: TidalTransformer, tokenizer: MixedTokenizer, device: str, batch: int, blocks: int
 ) -> dict[str, float]:
-    """Seconds for `batch` sequences of `blocks` blocks, after a warm-up that records all graphs."""
+    """Seconds for `batch` sequences of `blocks` blocks, after a warm-up that records all graphs, where there are any."""
     engine = Engine(model, tokenizer, device, batch)
-    for count in (blocks, blocks):
+    warm_up = blocks if torch.device(device).type == "cuda" else min(blocks, _WARM_BLOCKS)
+    for count in (warm_up, blocks):
         limits = Limits(max_bytes=len(_BLOCK) * count, max_blocks=count)
         jobs = [
             engine.submit(Request(_TEXT, limits=limits, constraint=Dictated([_BLOCK] * count))) for _ in range(batch)
