@@ -68,8 +68,8 @@ def _by_test(outcome: Outcome) -> "Figure":
     _finish_lines(axes, plot)
     if plot.mark is not None:
         axes.axvline(plot.mark, color="#888888", linewidth=0.9, linestyle=":")
-        axes.annotate("trained", (plot.mark, 1.0), (-3, -3), xycoords=("data", "axes fraction"), fontsize=8,
-                      textcoords="offset points", ha="right", va="top", color=PALE_INK)  # fmt: skip
+        axes.annotate("trained", (plot.mark, 0.5), (-3, 0), xycoords=("data", "axes fraction"), fontsize=8,
+                      textcoords="offset points", ha="right", va="center", color=PALE_INK)  # fmt: skip
     return figure
 
 

@@ -29,6 +29,7 @@ DOCS = (
     "serving",
     "survival",
     "watching",
+    "why",
 )
 PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{name}.md" for name in DOCS)]
 
