@@ -111,7 +111,7 @@ def format_table(result: dict[str, Any]) -> str:
 def _generate(
     model: TidalTransformer, tokenizer: MixedTokenizer, device: str, batch: int, blocks: int
 ) -> dict[str, float]:
-    """Seconds for `batch` sequences of `blocks` blocks, after a warm-up that records all graphs, where there are any."""
+    """Seconds for `batch` sequences of `blocks` blocks, after a warm-up that on a GPU records all graphs."""
     engine = Engine(model, tokenizer, device, batch)
     warm_up = blocks if torch.device(device).type == "cuda" else min(blocks, _WARM_BLOCKS)
     for count in (warm_up, blocks):
