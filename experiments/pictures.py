@@ -136,9 +136,9 @@ def _bars_of_variant(
 
 
 def _drawn(outcome: Outcome) -> list[tuple[int, str]]:
-    """The variants that are drawn and have results; each keeps its number, and so its colour."""
-    wanted = outcome.spec.plot.variants or list(outcome.results)
-    return [(i, v) for i, v in enumerate(outcome.results) if v in wanted and outcome.results[v]]
+    """The variants that are drawn and have results; each keeps its number among the former, and so its colour."""
+    wanted = [v for v in outcome.results if v in (outcome.spec.plot.variants or outcome.results)]
+    return [(i, v) for i, v in enumerate(wanted) if outcome.results[v]]
 
 
 def _page(outcome: Outcome, height: float) -> "tuple[Figure, Axes]":

@@ -206,6 +206,15 @@ def test_curves_have_bands_over_seeds(tmp_path: Path) -> None:
     assert heights == {0.7, 0.9}
 
 
+def test_lines_that_are_drawn_have_colours_of_their_own_however_many_are_not(tmp_path: Path) -> None:
+    variants = {name: {"model.width": 16} for name in ("tidal", *"bcdefg", "wide")}
+    scene = Scene(tmp_path, variants=variants, plot={"kind": "curve", "variants": ["tidal", "wide"]})
+    scene.write(1, 2, 3)
+    axes = figure_of(scene.outcome()).axes[0]
+    assert [line.get_label() for line in axes.lines] == ["tidal", "wide"]
+    assert len({line.get_color() for line in axes.lines}) == 2
+
+
 def test_over_tests_the_axis_is_their_numbers(tmp_path: Path) -> None:
     plot = {"kind": "by_test", "tests": ["length-*"], "label": "digits", "mark": 6}
     scene = Scene(tmp_path, plot=plot)
