@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from data_pipeline.preparing.locks import exclusive
-from experiments.places import CONFIG, DATA, LOG, Places
+from experiments.places import CONFIG, DATA, LOG, RUN, Places
 from experiments.processes import Process, stop_all, wait_a_little, work_command
 from experiments.results import Key, Result, standing, write_job
 from experiments.sources import commit
@@ -198,7 +198,7 @@ def _config(planned: Planned) -> Config:
     files = [{"path": str(corpus / name), "format": "jsonl"} for name in ("train.jsonl", "held-out.jsonl")]
     sources = CorpusConfig.model_validate({"sources": files, "validation_fraction": VALIDATION_FRACTION})
     data = config.data.model_copy(update={"shards": str(planned.data / "shards")})
-    return config.model_copy(update={"run_dir": str(planned.folder / "run"), "corpus": sources, "data": data})
+    return config.model_copy(update={"run_dir": str(planned.folder / RUN), "corpus": sources, "data": data})
 
 
 def _figures(result: Result) -> str:
