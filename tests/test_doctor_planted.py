@@ -253,8 +253,8 @@ def handoff_of_the_first_token(scene: Scene) -> None:
     scene.around(
         Cache,
         "extend_handoff",
-        lambda original, cache, state, chars: original(
-            cache, state[:, :1].expand_as(state) if state.shape[1] else state, chars
+        lambda original, cache, name, state, chars: original(
+            cache, name, state[:, :1].expand_as(state) if state.shape[1] else state, chars
         ),
     )
 

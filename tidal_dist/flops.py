@@ -65,7 +65,7 @@ class RowFlops:
     """FLOPs of the forward pass over one row: by layer, lowest first, and beside the layers.
 
     Attributes:
-        handoff: the projection of token states for the chars that enter. output: logits of the supervised chars.
+        handoff: the projections of token states for the chars that enter. output: logits of the supervised chars.
     """
 
     layers: tuple[LayerFlops, ...]
@@ -109,7 +109,7 @@ def row_flops(
     labels: int | None = None,
     output_size: int = OUTPUT_VOCABULARY,
 ) -> RowFlops:
-    """FLOPs of one row of `row_tokens` token and `row_chars` char slots.
+    """FLOPs of one row of `row_tokens` token and `row_chars` char slots; in training, where a draft head takes part.
 
     Args:
         labels: supervised chars, of which alone there are logits; none: all of the row.
@@ -117,8 +117,9 @@ def row_flops(
     """
     longest_run = max_block_bytes + 1 if model.writes == "blocks" else row_chars
     layers = tuple(_layer(model, i, row_tokens, row_chars, longest_run) for i in range(model.n_layers))
-    handoff = 2 * row_tokens * model.width**2 if model.has_handoff else 0
-    output = 2 * (row_chars if labels is None else labels) * model.width * output_size
+    has_drafts = model.draft_layers is not None
+    handoff = 2 * row_tokens * model.width**2 * (model.has_handoff + has_drafts)
+    output = 2 * (row_chars if labels is None else labels) * model.width * output_size * (1 + has_drafts)
     return RowFlops(layers, handoff, output)
 
 
@@ -131,9 +132,11 @@ def recomputed_layers(model: ModelConfig, training: TrainingConfig) -> frozenset
 
 def _layer(model: ModelConfig, index: int, row_tokens: int, row_chars: int, longest_run: int) -> LayerFlops:
     chars = row_chars if index >= model.n_layers - model.char_depth else 0
+    # A draft head's chars pass beside the others, which they do not see.
+    times = 2 if model.draft_entry is not None and index >= model.draft_entry else 1
     # Nothing reads the last layer's tokens: they are keys and values there, and ask nothing.
     tokens_asking = 0 if index == model.n_layers - 1 else row_tokens
-    asking, slots = tokens_asking + chars, row_tokens + chars
+    asking, slots = tokens_asking + times * chars, row_tokens + times * chars
     matrices = 3 if model.mlp == "swiglu" else 2
     pair = 4 * model.width  # a score and a weighted value, over all heads
     own = chars * min(longest_run, max(chars, 1))
@@ -142,7 +145,7 @@ def _layer(model: ModelConfig, index: int, row_tokens: int, row_chars: int, long
         projections=2 * model.width**2 * (2 * asking + 2 * slots),
         mlp=2 * matrices * asking * model.width * model.hidden_width,
         token_attention=pair * tokens_asking * row_tokens,
-        char_token_attention=pair * chars * row_tokens,
-        char_attention=pair * own,
-        char_attention_in_vain=pair * (grouped - own),
+        char_token_attention=pair * times * chars * row_tokens,
+        char_attention=pair * times * own,
+        char_attention_in_vain=pair * times * (grouped - own),
     )

@@ -8,7 +8,7 @@ from data_pipeline.baselines import CharOrder, Writes
 from data_pipeline.section import Section
 
 # What a property of `ModelConfig` that a plain decoder has not is set by.
-_SPELT = {"char_depth": "no char_layers", "has_handoff": "handoff: false"}
+_SPELT = {"char_depth": "no char_layers", "draft_layers": "no draft_layers", "has_handoff": "handoff: false"}
 
 
 class ModelConfig(Section):
@@ -20,6 +20,10 @@ class ModelConfig(Section):
         None,
         description="chars get the state of their last context token; none: if char_layers < n_layers",
     )
+    draft_layers: int | None = Field(
+        None, ge=1, description="top layers that learn to draft alone what all of them write; none: no drafts"
+    )
+    draft_weight: float = Field(0.3, gt=0.0, description="of the drafts' loss in training")
     width: int = Field(ge=2)
     n_heads: int = Field(ge=1)
     mlp: Literal["swiglu", "gelu"] = "swiglu"
@@ -42,9 +46,13 @@ class ModelConfig(Section):
             raise ValueError(f"rope needs an even head width, not {self.width // self.n_heads}")
         if self.char_depth > self.n_layers:
             raise ValueError(f"char_layers {self.char_layers} is more than n_layers {self.n_layers}")
+        if self.draft_layers is not None and self.draft_layers >= self.char_depth:
+            raise ValueError(
+                f"draft_layers {self.draft_layers} is not less than the {self.char_depth} layers that chars pass"
+            )
         if self.writes != "blocks":
             plain = {"places": False, "char_positions": "forward", "char_order": "reversed", "has_handoff": False}
-            needed = {"char_depth": self.n_layers, **plain}
+            needed = {"char_depth": self.n_layers, "draft_layers": None, **plain}
             wrong = [
                 _SPELT.get(name, f"{name}: {value}".lower())
                 for name, value in needed.items()
@@ -69,6 +77,11 @@ class ModelConfig(Section):
     def has_handoff(self) -> bool:
         """Whether chars get the state of their last context token."""
         return self.char_depth < self.n_layers if self.handoff is None else self.handoff
+
+    @property
+    def draft_entry(self) -> int | None:
+        """The layer at which chars enter for a draft, with a handoff of their own; None: there is no draft head."""
+        return None if self.draft_layers is None else self.n_layers - self.draft_layers
 
     @property
     def hidden_width(self) -> int:

@@ -122,8 +122,8 @@ def _depths(config: Config) -> list[int]:
 
 
 def _deep(config: Config, char_layers: int | None = None) -> Any:
-    """The model with so many char layers, with a handoff where they are not all."""
-    return config.model.model_copy(update={"char_layers": char_layers, "handoff": None})
+    """The model with so many char layers, with a handoff where they are not all, and without a draft head."""
+    return config.model.model_copy(update={"char_layers": char_layers, "handoff": None, "draft_layers": None})
 
 
 def _name_of(char_layers: int) -> str:

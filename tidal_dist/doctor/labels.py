@@ -92,7 +92,7 @@ def gradients_of_labels(evidence: Evidence) -> Finding:
     return largest(gaps, "largest difference of a gradient")
 
 
-def _gradient(case: Case, evidence: Evidence) -> torch.Tensor:
+def _gradient(case: Case, evidence: Evidence, in_training: bool = False) -> torch.Tensor:
     """Gradient of the model's loss at the last normalised state of each char, (C, width)."""
     model, kept = evidence.subject.exact, []
 
@@ -103,9 +103,10 @@ def _gradient(case: Case, evidence: Evidence) -> torch.Tensor:
     hook = model.norm.register_forward_hook(keep)
     batch = evidence.batch(case.laid_out)
     try:
-        model.eval()
+        model.train(in_training)
         model(batch.tokens, batch.chars, batch.labels).backward()
     finally:
+        model.eval()
         hook.remove()
     gradient = kept[0].grad
     return torch.zeros_like(kept[0][0]).cpu() if gradient is None else gradient[0].cpu()
@@ -123,8 +124,9 @@ def gradients_of_weights(evidence: Evidence) -> Finding:
     """Every weight matrix gets a finite gradient that is not all zero."""
     model = evidence.subject.exact
     model.zero_grad(set_to_none=True)
+    has_drafts = evidence.config.draft_layers is not None  # whose head has a part in training alone
     for case in evidence.cases[:_GRADIENT_CASES]:
-        _gradient(case, evidence)
+        _gradient(case, evidence, in_training=has_drafts)
     wrong = []
     for name, parameter in model.named_parameters():
         gradient = parameter.grad

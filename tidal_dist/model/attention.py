@@ -71,6 +71,23 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: Prepared
     return prepared.attend(q, k, v)
 
 
+def attend_with_drafts(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: Prepared, n_drafted: int
+) -> torch.Tensor:
+    """As `attend` where the C chars stand a second time behind all others, as a draft head knows them.
+
+    These see the tokens and each other, as the first ones do: q (B, H, Q, D), k and v (B, H, T + 2 C, D) ->
+    (B, H, Q, D); Q is T + 2 C, or 2 C where chars alone ask.
+    """
+    of_drafts = [torch.cat([x[:, :, : prepared.n_tokens], x[:, :, -n_drafted:]], dim=2) for x in (k, v)]
+    found = (
+        attend(q[:, :, :-n_drafted], k[:, :, :-n_drafted], v[:, :, :-n_drafted], prepared),
+        attend(q[:, :, -n_drafted:], *of_drafts, prepared),
+    )
+    # Heads of a slot side by side, as the layer's next matrix takes them.
+    return torch.cat([y.transpose(1, 2) for y in found], dim=1).transpose(1, 2)
+
+
 def usable_kernel(kernel: Kernel, device_type: str, scoring: Scoring) -> str:
     """The kernel that is used where `kernel` is asked for; says so, once, where it is another."""
     if kernel not in ("auto", "flex"):

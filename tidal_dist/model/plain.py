@@ -16,8 +16,9 @@ from torch import nn
 from data_pipeline.layout import IGNORED
 from data_pipeline.tokenizer import PAD
 from tidal_dist.config import ModelConfig
+from tidal_dist.model.nats import logits_or_nats
 from tidal_dist.model.positions import alibi_bias, rope_angles
-from tidal_dist.model.transformer import Checkpoint, Embedding, KeysValues, Layer, Linear, logits_or_nats
+from tidal_dist.model.transformer import Checkpoint, Embedding, KeysValues, Layer, Linear
 
 _MULTIPLE = 8  # of hidden widths, as in ModelConfig
 

@@ -22,6 +22,12 @@ def rotate(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
+def chars_again(angles: tuple[torch.Tensor, torch.Tensor], n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary angles of T tokens and C chars, each (B, 1, T + C, D / 2), with the chars' once more behind them."""
+    cos, sin = (torch.cat([x, x[:, :, n_tokens:]], dim=2) for x in angles)
+    return cos, sin
+
+
 def alibi_slopes(n_heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Slopes (H,) of Press et al. 2022: 2^(-8 i / H) for a power of two, else as in their released code."""
     power = 1 << (n_heads.bit_length() - 1)

@@ -1,5 +1,7 @@
 """The TidalTransformer: tokens pass all layers, chars the top ones, in one forward pass.
 
+With a draft head chars also enter further up: what the layers from there on say is a draft of what all will say.
+
 B rows, T token slots, C char slots, N = T + C, H heads, D head width, V chars and specials.
 """
 
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data_pipeline.layout import IGNORED, NO_PLACE, Slots, place_count
+from data_pipeline.layout import NO_PLACE, Slots, place_count
 from data_pipeline.tokenizer import OUTPUT_VOCABULARY
 from tidal_dist.config import ModelConfig
 from tidal_dist.model.attention import (
@@ -19,10 +21,12 @@ from tidal_dist.model.attention import (
     Scoring,
     attend,
     attend_cached,
+    attend_with_drafts,
     cached_bias,
     prepare_attention,
 )
-from tidal_dist.model.positions import rope_angles, rotate
+from tidal_dist.model.nats import logits_or_nats, nats
+from tidal_dist.model.positions import chars_again, rope_angles, rotate
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 Checkpoint = Callable[..., torch.Tensor]
@@ -32,6 +36,7 @@ class Past(Protocol):
     """What was computed in earlier passes of a generation; keys come with their slots."""
 
     skips_empty_layers: bool  # layers that have nothing to do need not be called
+    is_drafted: bool  # passes of the draft head follow, which need its handoff of the tokens
 
     def extend_slots(self) -> tuple[Slots, Slots, Slots, Slots]:
         """Take up this pass's slots; its tokens and chars, and the tokens and chars of all keys, cached and new."""
@@ -39,8 +44,12 @@ class Past(Protocol):
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> KeysValues:
         """Take up a layer's keys and values (B, H, N, D) of this pass; those of all keys, chars before tokens."""
 
-    def extend_handoff(self, state: torch.Tensor, chars: Slots) -> torch.Tensor:
-        """Take up token states (B, T, width) of this pass; for each char the state of its last context token."""
+    def extend_handoff(self, name: str, state: torch.Tensor, chars: Slots) -> torch.Tensor:
+        """Take up token states (B, T, width) of this pass; for each char the state of its last context token.
+
+        Args:
+            name: of what the states are for; each keeps its own.
+        """
 
 
 class Linear(nn.Linear):
@@ -111,11 +120,15 @@ class Layer(nn.Module):
         prepared: Prepared | torch.Tensor,
         angles: KeysValues | None,
         past: Past | None,
+        n_drafted: int = 0,
     ) -> torch.Tensor:
-        """(B, N, width) -> (B, N, width); from the last layer only the chars, since nothing reads its tokens."""
+        """(B, N, width) -> (B, N, width); from the last layer only the chars, since nothing reads its tokens.
+
+        The last `n_drafted` slots are the chars once more, as the draft head knows them.
+        """
         n_asking = x.shape[1] - n_tokens if self.is_last else x.shape[1]
         q, k, v = self.project(x, n_asking, angles)
-        return self.finish(x[:, -n_asking:], self._attend(q, k, v, prepared, past))
+        return self.finish(x[:, -n_asking:], self._attend(q, k, v, prepared, past, n_drafted))
 
     def project(
         self, x: torch.Tensor, n_asking: int, angles: KeysValues | None
@@ -139,11 +152,17 @@ class Layer(nn.Module):
         return rotate(q, (cos[:, :, first:n], sin[:, :, first:n])), rotate(k, (cos[:, :, :n], sin[:, :, :n]))
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: Prepared | torch.Tensor, past: Past | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        prepared: Prepared | torch.Tensor,
+        past: Past | None,
+        n_drafted: int,
     ) -> torch.Tensor:
         if past is None:
             assert not isinstance(prepared, torch.Tensor)
-            return attend(q, k, v, prepared)
+            return attend_with_drafts(q, k, v, prepared, n_drafted) if n_drafted else attend(q, k, v, prepared)
         assert isinstance(prepared, torch.Tensor)
         return attend_cached(q, past.extend(self.index, k, v), prepared, k.shape[2] - q.shape[2])
 
@@ -180,6 +199,9 @@ class TidalTransformer(nn.Module):
         if config.has_handoff:
             self.handoff_norm = nn.RMSNorm(config.width, eps=1e-6)
             self.handoff = Linear(config.width, config.width)
+        if config.draft_layers is not None:
+            self.draft_handoff_norm = nn.RMSNorm(config.width, eps=1e-6)
+            self.draft_handoff = Linear(config.width, config.width)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.output = Linear(config.width, vocab_size if config.writes == "tokens" else OUTPUT_VOCABULARY)
@@ -187,20 +209,46 @@ class TidalTransformer(nn.Module):
     def forward(
         self, tokens: Slots, chars: Slots, labels: torch.Tensor | None = None, past: Past | None = None
     ) -> torch.Tensor:
-        """Logits of the chars (B, C, V), or with labels (B, C) the sum of their cross-entropy in nats."""
+        """Logits of the chars (B, C, V), or with labels (B, C) the sum of their cross-entropy in nats.
+
+        In training its gradient is also that of the draft head's: there the chars enter once more, further up.
+        """
         config = self.config
-        n_tokens = tokens.ids.shape[1]
+        n_tokens, n_drafted = tokens.ids.shape[1], 0
         x = self._embed(tokens)
-        prepared = self.prepare(tokens, chars, x.dtype, past)
+        prepared, angles = self.prepare(tokens, chars, x.dtype, past)
+        trains_drafts = self.training and labels is not None
         for i, layer in enumerate(self.layers):
             if i == config.n_layers - config.char_depth:
-                entering = self._embed(chars)
+                entering = embedded = self._embed(chars)
                 if config.has_handoff:
-                    entering = entering + self._hand_off(x, tokens, chars, past)
+                    entering = embedded + self._hand_off("handoff", x, tokens, chars, past)
                 x = torch.cat([x, entering], dim=1)
+            if i == config.draft_entry and (trains_drafts or (past is not None and past.is_drafted)):
+                handed = self._hand_off("draft_handoff", x[:, :n_tokens], tokens, chars, past)
+                if trains_drafts:
+                    x, n_drafted = torch.cat([x, embedded + handed], dim=1), chars.ids.shape[1]
+                    angles = angles and chars_again(angles, n_tokens)
             if x.shape[1] or past is None or not past.skips_empty_layers:
-                x = self._run(i, layer, x, n_tokens, *prepared, past)
-        return logits_or_nats(self.output, self.norm(x), labels)
+                x = self._run(i, layer, x, n_tokens, prepared, angles, past, n_drafted)
+        hidden = self.norm(x)
+        if n_drafted and labels is not None:
+            return self._nats_with_drafts(hidden, labels)
+        return logits_or_nats(self.output, hidden, labels)
+
+    def _nats_with_drafts(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The nats of the chars, with the gradient of those of the drafts too: normed states (B, 2 C, width)."""
+        chars, drafts = nats(self.output, hidden.unflatten(1, (2, -1)).transpose(0, 1), labels)
+        return chars + self.config.draft_weight * (drafts - drafts.detach())
+
+    def draft(self, tokens: Slots, chars: Slots, past: Past) -> torch.Tensor:
+        """Logits (B, C, V) by the draft head; all tokens were in earlier passes, so these are none, (B, 0)."""
+        x = self._embed(tokens)
+        prepared, angles = self.prepare(tokens, chars, x.dtype, past)
+        x = self._embed(chars) + self._hand_off("draft_handoff", x, tokens, chars, past)
+        for layer in list(self.layers)[self.config.draft_entry :]:
+            x = layer(x, 0, prepared, angles, past)
+        return self.output(self.norm(x))
 
     def _run(self, index: int, layer: nn.Module, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         if self.checkpoint is not None and self.training and index % self.checkpoint_every_layers == 0:
@@ -234,22 +282,12 @@ class TidalTransformer(nn.Module):
         position = torch.cat([tokens.position, chars.position], dim=1)
         return prepared, rope_angles(position, config.width // config.n_heads, config.rope_base, dtype)
 
-    def _hand_off(self, x: torch.Tensor, tokens: Slots, chars: Slots, past: Past | None) -> torch.Tensor:
-        """For each char the projected state of the last token before its block, (B, C, width)."""
-        state = self.handoff(self.handoff_norm(x))
+    def _hand_off(self, name: str, x: torch.Tensor, tokens: Slots, chars: Slots, past: Past | None) -> torch.Tensor:
+        """For each char the state of the last token before its block, projected by the module `name`, (B, C, width)."""
+        state = self.get_submodule(name)(self.get_submodule(f"{name}_norm")(x))
         if past is not None:
-            return past.extend_handoff(state, chars)
+            return past.extend_handoff(name, state, chars)
         return state.gather(1, context_slots(tokens, chars)[..., None].expand(-1, -1, state.shape[-1]))
-
-
-def logits_or_nats(output: nn.Module, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    """Logits of normed states (B, N, width), or with labels (B, N) the sum of their cross-entropy in nats."""
-    if labels is None:
-        return output(hidden)
-    supervised = labels != IGNORED
-    # Sums of many small probabilities need more than bf16.
-    logits = output(hidden[supervised]).to(torch.promote_types(hidden.dtype, torch.float32))
-    return F.cross_entropy(logits, labels[supervised], reduction="sum")
 
 
 def context_slots(tokens: Slots, chars: Slots) -> torch.Tensor:

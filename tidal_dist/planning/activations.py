@@ -1,7 +1,8 @@
 """Memory of a pass: what layers keep for the backward pass, and what works beside it. In bytes.
 
 Follows `tidal_dist/model`: what autograd keeps of each of its operations. T token slots, C char slots, S = T + C where
-chars pass, A those that ask (all, in the last layer the chars), e bytes of an element.
+chars pass, T + 2 C where those of a draft head do too, A those that ask (all, in the last layer the chars), e bytes of
+an element.
 """
 
 from dataclasses import dataclass, fields
@@ -85,7 +86,8 @@ class PassMemory:
 def layer_memory(shape: PassShape, index: int) -> LayerMemory:
     """What layer `index` keeps."""
     model, e, rows = shape.model, shape.element, shape.rows
-    chars = shape.row_chars if index >= model.n_layers - model.char_depth else 0
+    drafted = shape.row_chars if model.draft_entry is not None and index >= model.draft_entry else 0
+    chars = shape.row_chars + drafted if index >= model.n_layers - model.char_depth else 0
     asking = chars if index == model.n_layers - 1 else shape.row_tokens + chars
     slots = shape.row_tokens + chars
     asking_state, slots_state = rows * asking * model.width * e, rows * slots * model.width * e
@@ -99,8 +101,12 @@ def layer_memory(shape: PassShape, index: int) -> LayerMemory:
     # lie apart, and are copied for the queries.
     is_last = index == model.n_layers - 1
     shared = slots_state * (3 if model.encoding == "rope" else 2) + asking_state * (rows > 1 and is_last)
-    # Normed input, queries and outputs, which `out` takes as split leaves them; other kernels' are put together for it.
-    attention = slots_state + (2 if shape.kernel == "split" else 3) * asking_state + shared + log_sums + norms + dropped
+    # The keys and values that the draft head's chars see, put together.
+    shared += 2 * rows * (shape.row_tokens + drafted) * model.width * e if drafted else 0
+    # Normed input, queries and outputs, which `out` takes as split leaves them; other kernels' are put together for it,
+    # and so are those of the chars and of the draft head's.
+    outputs = 1 if shape.kernel == "split" and not drafted else 2
+    attention = slots_state + (1 + outputs) * asking_state + shared + log_sums + norms + dropped
     mlp = 2 * asking_state + (4 if model.mlp == "swiglu" else 2) * hidden
     # Either the gradients inside the feed-forward part, or, when what that kept is free again, those of attention.
     working = max((2 if model.mlp == "swiglu" else 1) * hidden + 2 * asking_state, 8 * slots_state - mlp)
@@ -128,7 +134,8 @@ def biases_memory(shape: PassShape) -> int:
     """What attention knows of the rows, and rotary angles: biases of all pairs that are computed, or flex's blocks."""
     model = shape.model
     has_angles = model.encoding == "rope"
-    angles = (shape.row_tokens + shape.row_chars) * (model.width // model.n_heads) if has_angles else 0
+    chars = shape.row_chars * _char_streams(model)
+    angles = (shape.row_tokens + chars) * (model.width // model.n_heads) if has_angles else 0
     if shape.kernel == "flex":
         return shape.rows * (angles * shape.element + _flex_memory(shape))
     heads = model.n_heads if model.encoding == "alibi" else 1
@@ -155,13 +162,19 @@ def embeddings_memory(shape: PassShape) -> int:
     """The chars that enter, and what the handoff keeps."""
     model = shape.model
     norms = 0 if shape.fused_norms else _FP32 // shape.element
-    handoff = (2 + norms) * shape.row_tokens if model.has_handoff else 0
+    handoff = (2 + norms) * shape.row_tokens * (model.has_handoff + (model.draft_layers is not None))
     return shape.rows * model.width * handoff * shape.element
 
 
 def logits_memory(shape: PassShape) -> int:
     """The last norm, the supervised states, logits, their logarithms and the gradient of those."""
-    labels = shape.rows * shape.labels
-    states = shape.rows * shape.row_chars * shape.model.width * shape.element * (2 if shape.fused_norms else 3)
+    rows = shape.rows * _char_streams(shape.model)
+    labels = rows * shape.labels
+    states = rows * shape.row_chars * shape.model.width * shape.element * (2 if shape.fused_norms else 3)
     each = shape.element + 3 * _FP32 if shape.element < _FP32 else 3 * _FP32
     return states + labels * (shape.model.width * shape.element + OUTPUT_VOCABULARY * each)
+
+
+def _char_streams(model: ModelConfig) -> int:
+    """How many times the chars come out at the top: a draft head's do too."""
+    return 1 if model.draft_layers is None else 2

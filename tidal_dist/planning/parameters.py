@@ -13,7 +13,7 @@ class Parameters:
 
     Attributes:
         embeddings: of ids and of places. layer: of each layer. n_layers: how many there are.
-        others: the handoff, the last norm and the output.
+        others: the handoffs, the last norm and the output.
         gains: those of all that are the gains of norms; ZeRO-3 keeps such small ones whole on every rank.
     """
 
@@ -43,11 +43,12 @@ def parameters(model: ModelConfig, vocab_size: int, max_block_bytes: int) -> Par
     width = model.width
     places = place_count(max_block_bytes, model.place_shift) if model.places else 0
     matrices = 3 if model.mlp == "swiglu" else 2
-    norms = 2 * model.n_layers + 1 + model.has_handoff
+    handoffs = model.has_handoff + (model.draft_layers is not None)
+    norms = 2 * model.n_layers + 1 + handoffs
     return Parameters(
         embeddings=(vocab_size + places) * width,
         layer=4 * width**2 + matrices * width * model.hidden_width + 2 * width,
         n_layers=model.n_layers,
-        others=(width**2 + width if model.has_handoff else 0) + width + OUTPUT_VOCABULARY * width,
+        others=handoffs * (width**2 + width) + width + OUTPUT_VOCABULARY * width,
         gains=norms * width,
     )
