@@ -148,7 +148,8 @@ class TestThreads:
     ):
         made: list[Engine] = []
 
-        def make() -> Engine:
+        def make(draft: str | None) -> Engine:
+            assert draft is None
             made.append(Engine(in_turns.model, in_turns.tokenizer))
             return made[-1]
 

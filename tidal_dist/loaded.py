@@ -14,6 +14,7 @@ from tidal_dist.errors import UserError
 from tidal_dist.export.package import Exported, load_export
 from tidal_dist.export.tensor_files import DTYPES
 from tidal_dist.generation.constraint import constraint_of
+from tidal_dist.generation.draft import draft_named
 from tidal_dist.generation.engine import DEFAULT_BATCH_SIZE, Engine
 from tidal_dist.generation.events import Event, Generation, Text
 from tidal_dist.generation.prompts import check_prompt
@@ -36,6 +37,7 @@ class Options(TypedDict, total=False):
     regex: an expression that the whole continuation matches. choice: texts of which it is one. Either needs room:
         where `max_bytes` ends the text first, `finish` is "length".
     logprobs: so many of the likeliest alternatives are reported with each char.
+    draft: "lookup" or "model": the same text in fewer passes, see docs/generation.md.
     """
 
     max_bytes: int
@@ -50,6 +52,7 @@ class Options(TypedDict, total=False):
     regex: str | None
     choice: Sequence[str] | None
     logprobs: int
+    draft: str | None
 
 
 class Tidal:
@@ -66,7 +69,7 @@ class Tidal:
         self.device = device
         self._turn = _turn_on(device)
         self._engines_kept = 1 if _is_gpu(device) else 0
-        self._idle: list[Engine] = []  # with the passes that they have recorded
+        self._idle: dict[str | None, list[Engine]] = {}  # by their draft, with the passes that they have recorded
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.model.parameters())
@@ -106,7 +109,7 @@ class Tidal:
             raise UserError(f"n {n}: must be at least 1")
         given = [prompts] if isinstance(prompts, str) else list(prompts)
         requests = list(self.requests([prompt for prompt in given for _ in range(n or 1)], **options))
-        with self._lent_engine() as engine, self._turn:
+        with self._lent_engine(options.get("draft")) as engine, self._turn:
             generations = list(engine.run(requests))
         return generations[0] if isinstance(prompts, str) and n is None else generations
 
@@ -125,12 +128,12 @@ class Tidal:
                 `Text` that may be shown.
         """
         (request,) = self.requests([prompt], **options)
-        happened = self._events(request)
+        happened = self._events(request, options.get("draft"))
         return happened if events else (event.text for event in happened if isinstance(event, Text))
 
-    def _events(self, request: Request) -> Iterator[Event]:
+    def _events(self, request: Request, draft: str | None) -> Iterator[Event]:
         events: list[Event] = []
-        with self._lent_engine() as engine:
+        with self._lent_engine(draft) as engine:
             job = engine.submit(request, events.append)
             while not job.done:
                 with self._turn:
@@ -169,20 +172,21 @@ class Tidal:
         with self._turn:
             return score(self.model, self.tokenizer, self.device, pairs, ends)
 
-    def engine(self, batch_size: int = DEFAULT_BATCH_SIZE) -> Engine:
+    def engine(self, batch_size: int = DEFAULT_BATCH_SIZE, draft: str | None = None) -> Engine:
         """An engine without work, of one's own. On a GPU, no other thread may use the model while it makes a pass."""
-        return Engine(self.model, self.tokenizer, self.device, batch_size)
+        return Engine(self.model, self.tokenizer, self.device, batch_size, draft_named(draft, self.model.config))
 
     @contextmanager
-    def _lent_engine(self) -> Iterator[Engine]:
+    def _lent_engine(self, draft: str | None) -> Iterator[Engine]:
         """An engine for one call. One that failed, or whose text was left unfinished, is not used again."""
+        idle = self._idle.setdefault(draft, [])
         try:
-            engine = self._idle.pop()
+            engine = idle.pop()
         except IndexError:
-            engine = self.engine()
+            engine = self.engine(draft=draft)
         yield engine
-        if len(self._idle) < self._engines_kept:
-            self._idle.append(engine)
+        if len(idle) < self._engines_kept:
+            idle.append(engine)
 
     def requests(self, prompts: Sequence[str], **options: Unpack[Options]) -> Iterator[Request]:
         """A request for each prompt; the k-th draws with seed + k.
@@ -193,6 +197,7 @@ class Tidal:
         unknown = sorted(set(options) - set(Options.__annotations__))
         if unknown:
             raise UserError(f"{unknown[0]}: no such option; there are {', '.join(Options.__annotations__)}")
+        draft_named(options.get("draft"), self.model.config)
         stop = options.get("stop", ())
         sampling = Sampling(**{name: options[name] for name in SAMPLING_NAMES if name in options})  # type: ignore[literal-required]
         limits = Limits(

@@ -20,6 +20,7 @@ from data_pipeline.tokenizer import MixedTokenizer, TokenizerConfig, train_token
 from tidal_dist.bench.machine import copy_gb_per_second, describe_machine, seconds_of
 from tidal_dist.bench.speculation import Dictated, bench_speculation, format_speculation
 from tidal_dist.config import ModelConfig
+from tidal_dist.generation.draft import ByModel, Draft
 from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.request import Limits, Request
 from tidal_dist.model.compiled import compile_layers
@@ -66,6 +67,7 @@ def bench_generate(
         compile_layers(model)
     alone = _generate(model, tokenizer, device, 1, blocks)
     many = _generate(model, tokenizer, device, batch, max(blocks // batch, 8))
+    drafted = _generate(model, tokenizer, device, 1, blocks, ByModel()) if config.draft_layers else None
     speculation = bench_speculation(model, tokenizer, device, dictated_bytes)
     weights = _bytes_read(model)
     copy = copy_gb_per_second(device) * 1e9
@@ -77,6 +79,7 @@ def bench_generate(
         "alone": alone,
         "batch": many | {"size": batch},
         "speculation": speculation,
+        "draft_head": drafted,
         "naive_seconds": naive,
         "weight_bytes_per_pass": weights,
         "copy_bytes_per_second": copy,
@@ -103,16 +106,27 @@ def format_table(result: dict[str, Any]) -> str:
             f"{result['batch_speedup']:.1f} times one",
             f"weights read: {result['weight_bytes_per_pass'] / alone['seconds_per_pass'] / 1e9:,.0f} GB/s of "
             f"{result['copy_bytes_per_second'] / 1e9:,.0f} GB/s that a copy moves: {result['bandwidth_share']:.0%}",
+            *_format_draft_head(alone, result["draft_head"]),
             *format_speculation(result["speculation"]),
         ]
     )
 
 
+def _format_draft_head(alone: dict[str, float], drafted: dict[str, float] | None) -> list[str]:
+    """A line, where there is a draft head: what is dictated leaves it one char to draft, so that all are accepted."""
+    if drafted is None:
+        return []
+    return [
+        f"draft head, all its chars accepted: {drafted['passes']:,.0f} passes instead of {alone['passes']:,.0f}, and "
+        f"{drafted['draft_passes']:,.0f} of its own: {alone['seconds'] / drafted['seconds']:.1f} times as fast"
+    ]
+
+
 def _generate(
-    model: TidalTransformer, tokenizer: MixedTokenizer, device: str, batch: int, blocks: int
+    model: TidalTransformer, tokenizer: MixedTokenizer, device: str, batch: int, blocks: int, draft: Draft | None = None
 ) -> dict[str, float]:
     """Seconds for `batch` sequences of `blocks` blocks, after a warm-up that on a GPU records all graphs."""
-    engine = Engine(model, tokenizer, device, batch)
+    engine = Engine(model, tokenizer, device, batch, draft)
     warm_up = blocks if torch.device(device).type == "cuda" else min(blocks, _WARM_BLOCKS)
     for count in (warm_up, blocks):
         limits = Limits(max_bytes=len(_BLOCK) * count, max_blocks=count)
@@ -128,6 +142,7 @@ def _generate(
     return {
         "seconds": seconds,
         "passes": passes,
+        "draft_passes": max(job.generation.draft_passes for job in jobs),
         "seconds_per_pass": seconds / passes,
         "bytes_per_second": written / seconds,
     }

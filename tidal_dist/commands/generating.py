@@ -42,8 +42,18 @@ def add_generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     sub.add_argument("--trace", action="store_true", help="show each block: chars, turned text, tokens, positions")
     sub.add_argument("--logprobs", type=int, metavar="K", help="with --json: also the K likeliest chars at each place")
+    _add_draft(sub, "lookup")
+
+
+def _add_draft(sub: argparse.ArgumentParser, plain: str | None = None) -> None:
+    """`--draft WAY`; the word may be left out where there is a plain one."""
     sub.add_argument(
-        "--draft", action="store_true", help="guess the next blocks from the text so far: the same text in fewer passes"
+        "--draft",
+        nargs="?" if plain else None,
+        const=plain,
+        choices=["lookup", "model"],
+        help="the same text in fewer passes: lookup guesses the next blocks from the text so far, model lets the "
+        "model's draft head write, if it has one" + (f"; alone: {plain}" if plain else ""),
     )
 
 
@@ -84,6 +94,7 @@ def add_serve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="holds the key that /v1 asks for (or TIDAL_API_KEY does)"
     )
+    _add_draft(sub)
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -95,13 +106,13 @@ def generate(arguments: argparse.Namespace) -> int:
     prompts = [] if asks else _prompts(arguments)
     from tidal_dist.devices import available_device
     from tidal_dist.export.package import load_export
-    from tidal_dist.generation.draft import LookUp
+    from tidal_dist.generation.draft import draft_named
     from tidal_dist.generation.engine import Engine
 
     exported = load_export(arguments.export)
     constraint = _constraint(arguments, exported.tokenizer.segmentation.max_block_bytes)
     device = available_device(arguments.device, "--device")
-    draft = LookUp() if arguments.draft else None
+    draft = draft_named(arguments.draft, exported.model.config)
     make_engine = partial(Engine, exported.model.to(device), exported.tokenizer, device, arguments.batch_size, draft)
     request = _request(arguments, constraint)
     if asks:
@@ -195,7 +206,7 @@ def serve(arguments: argparse.Namespace) -> int:
     settings = ServerSettings(
         model=arguments.model_name or arguments.export.resolve().name,
         api_key=read_api_key(arguments.api_key_file),
-        **{name: getattr(arguments, name) for name in ("batch_size", "queue", *_SERVE_SECONDS)},
+        **{name: getattr(arguments, name) for name in ("batch_size", "queue", "draft", *_SERVE_SECONDS)},
         **{name: getattr(arguments, name) for name in ("max_request_bytes", "max_prompt_bytes", "max_bytes_limit")},
     )
     try:

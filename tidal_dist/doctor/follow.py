@@ -9,8 +9,9 @@ import torch
 
 from data_pipeline.layout import NO_DOCUMENT, Slots
 from data_pipeline.tokenizer import EOS, OUTPUT_VOCABULARY, MixedTokenizer
-from tidal_dist.generation.engine import Engine, Job
+from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.events import Generation
+from tidal_dist.generation.job import Job
 from tidal_dist.generation.request import Limits, Request
 from tidal_dist.model.transformer import TidalTransformer
 

@@ -37,12 +37,12 @@ class Cache:
 
     Attributes:
         char_capacity: W. row_capacity, token_capacity: sequences, and S, that there is room for.
-        skips_empty_layers: as `Past` says.
+        skips_empty_layers, is_drafted: as `Past` says.
     """
 
-    def __init__(self, char_capacity: int, skips_empty_layers: bool = True) -> None:
+    def __init__(self, char_capacity: int, skips_empty_layers: bool = True, is_drafted: bool = False) -> None:
         self.char_capacity, self.row_capacity, self.token_capacity = _aligned(char_capacity), 0, 0
-        self.skips_empty_layers = skips_empty_layers
+        self.skips_empty_layers, self.is_drafted = skips_empty_layers, is_drafted
         self._rows, self._length, self._n_tokens = slice(0, 0), 0, 0
         self._new = self._counts = self._targets = torch.empty(0)
         self._buffers: dict[str, torch.Tensor] = {}  # each (B, K, ...)
@@ -115,7 +115,11 @@ class Cache:
 
         On a CPU as numpy arrays: masks are many operations on little, and numpy's cost a third of torch's.
         """
-        kept, new, counts = map(_light, (self._written("slots", self._new), self._new, self._counts))
+        return self.slots_with(self._written("slots", self._new))
+
+    def slots_with(self, kept: torch.Tensor) -> tuple[Slots, Slots, Slots, Slots]:
+        """As `extend_slots`, by all slots that are kept, (B, keys, F)."""
+        kept, new, counts = map(_light, (kept, self._new, self._counts))
         tokens, chars = slots_of("token", new[:, : self._n_tokens]), slots_of("char", new[:, self._n_tokens :])
         token_keys = slots_of("token", kept[:, self.char_capacity :])
         char_keys = slots_of("char", kept[:, : self.char_capacity])
@@ -128,23 +132,62 @@ class Cache:
         )
         return keys, values
 
-    def extend_handoff(self, state: torch.Tensor, chars: Slots) -> torch.Tensor:
+    def extend_handoff(self, name: str, state: torch.Tensor, chars: Slots) -> torch.Tensor:
         """Take up token states (B, T, width) of this pass; for each char the state of its last context token."""
-        kept = self._written("handoff", state)
+        return self.handed_to(chars, self._written(name, state))
+
+    def handed_to(self, chars: Slots, kept: torch.Tensor) -> torch.Tensor:
+        """For each char the state of its last context token, by all states that are kept, (B, keys, width)."""
         slot = (self.char_capacity + chars.start_pos - 1).clamp_min(0)
         return kept.gather(1, slot[..., None].expand(-1, -1, kept.shape[-1]))
 
     def _written(self, name: str, new: torch.Tensor) -> torch.Tensor:
         """Write what is new, (B, N or T, ...), to where this pass's slots lie; all that is kept, (B, keys, ...)."""
-        if name not in self._views:
-            if name not in self._buffers:
-                self._buffers[name] = new.new_zeros(self.row_capacity, self._keys, *new.shape[2:])
-            buffer = self._buffers[name]
-            self._views[name] = buffer.flatten(0, 1), buffer[self._rows, : self._length]
-        in_a_row, kept = self._views[name]
+        if name not in self._buffers:
+            self._buffers[name] = new.new_zeros(self.row_capacity, self._keys, *new.shape[2:])
+        kept = self.kept(name)
         if n := new.shape[1]:
+            in_a_row, _ = self._views[name]
             in_a_row.index_copy_(0, self._targets[:, :n].flatten(), new.flatten(0, 1))
         return kept
+
+    def kept(self, name: str) -> torch.Tensor:
+        """What is kept under a name for the pass's sequences, (B, keys, ...): chars before tokens."""
+        if name not in self._views:
+            buffer = self._buffers[name]
+            self._views[name] = buffer.flatten(0, 1), buffer[self._rows, : self._length]
+        return self._views[name][1]
+
+
+class Glance:
+    """The `Past` of passes that leave nothing behind: their chars see a cache's tokens and each other.
+
+    The cache is to be aimed at each of them, and is not written to.
+    """
+
+    skips_empty_layers, is_drafted = True, False
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def extend_slots(self) -> tuple[Slots, Slots, Slots, Slots]:
+        """The pass's tokens and chars, and the tokens and chars of all keys: the cached ones and its own."""
+        tokens, chars, token_keys, _ = self._cache.slots_with(self._cache.kept("slots"))
+        return tokens, chars, token_keys, chars
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> KeysValues:
+        """A layer's keys and values (B, H, C, D) of the pass, before those of the cached tokens."""
+        first = self._cache.char_capacity
+        keys, values = (
+            torch.cat([new, self._cache.kept(f"{name}{layer}")[:, first:].transpose(1, 2)], dim=2)
+            for name, new in (("k", k), ("v", v))
+        )
+        return keys, values
+
+    def extend_handoff(self, name: str, state: torch.Tensor, chars: Slots) -> torch.Tensor:
+        """For each char the state of its last context token, which an earlier pass took up; `state` has none."""
+        del state
+        return self._cache.handed_to(chars, self._cache.kept(name))
 
 
 def _aligned(slots: int) -> int:

@@ -1,15 +1,17 @@
-"""Drafts: what the next blocks will probably be, looked up in the text so far.
+"""Drafts: what the next blocks will probably be, looked up in the text so far, or what the model itself expects next.
 
 The model checks a draft in one pass and keeps what it would have written itself, so a draft changes how many passes a
 text takes and nothing else. Prompt look-up: Saxena 2023; checking in one pass: Leviathan et al. 2023.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from data_pipeline.errors import UserError
 from data_pipeline.pieces import reverse_block
+from tidal_dist.config import ModelConfig
 
 
 class Drafter(Protocol):
@@ -79,3 +81,77 @@ class _LookUp:
                 if self._blocks[index].startswith(written):
                     return index
         return self._beginning.get(written)
+
+
+@dataclass(frozen=True)
+class ByModel:
+    """Expects what the model's draft head says of the block at hand; see drafting.py."""
+
+    def begin(self, blocks: Sequence[str]) -> "Expected":
+        """Drafts for a sequence whose prompt has these blocks."""
+        del blocks
+        return Expected()
+
+    @staticmethod
+    def check(config: ModelConfig) -> None:
+        """See that a model can draft.
+
+        Raises:
+            UserError: it has no draft head.
+        """
+        if config.draft_layers is None:
+            raise UserError(
+                "draft model: this model has no draft head; train one with model.draft_layers, or use draft lookup"
+            )
+
+
+class Expected:
+    """A drafter that is told what to expect of the block at hand.
+
+    Attributes:
+        block: that, its last byte first. is_whole: it is expected to end there.
+    """
+
+    def __init__(self) -> None:
+        self.block, self.is_whole = b"", False
+
+    def begun_with(self, written: bytes) -> bytes:
+        """What is expected of a block that begins with `written`: no more than this, where something else was."""
+        if not self.block.startswith(written):
+            self.block, self.is_whole = written, False
+        return self.block
+
+    def expect(self, id_: int) -> None:
+        """Expect a byte more, or the end."""
+        if id_ < 256:
+            self.block += bytes([id_])
+        else:
+            self.is_whole = True
+
+    def add(self, block: str) -> None:
+        """Take up a finished block."""
+        del block
+        self.block, self.is_whole = b"", False
+
+    def propose(self, written: bytes) -> list[bytes]:
+        """The block at hand, if it is expected to begin with `written`."""
+        return [self.block] if self.block.startswith(written) else []
+
+
+DRAFTS: dict[str, Callable[[], Draft]] = {"lookup": LookUp, "model": ByModel}
+
+
+def draft_named(name: str | None, config: ModelConfig) -> Draft | None:
+    """The way to draft that has this name, for a model; none for None.
+
+    Raises:
+        UserError: there is none, or the model has no draft head.
+    """
+    if name is None:
+        return None
+    if name not in DRAFTS:
+        raise UserError(f"draft {name}: choose from {', '.join(DRAFTS)}")
+    draft = DRAFTS[name]()
+    if isinstance(draft, ByModel):
+        draft.check(config)
+    return draft

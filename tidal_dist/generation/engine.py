@@ -6,75 +6,30 @@ with a draft, what is expected next. B sequences of a pass, T token and C char s
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
 from data_pipeline.errors import UserError
-from data_pipeline.layout import char_slots
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.devices import free_memory, is_small, one_thread
-from tidal_dist.generation.cache import Cache, side_by_side
-from tidal_dist.generation.draft import Draft
+from tidal_dist.generation.cache import Cache, Glance
+from tidal_dist.generation.draft import ByModel, Draft
+from tidal_dist.generation.drafting import Drafting
 from tidal_dist.generation.events import Generation
-from tidal_dist.generation.passes import Eager, Graphs, PassInputs, parts
+from tidal_dist.generation.exchange import Feed, answers
+from tidal_dist.generation.job import Job
+from tidal_dist.generation.passes import Eager, Graphs, PassInputs, are_few, fill, parts
 from tidal_dist.generation.request import Request
-from tidal_dist.generation.sequence import Answer, Feed, Listener, Writing, answers
+from tidal_dist.generation.sequence import Listener, Writing
 from tidal_dist.model.transformer import TidalTransformer
 
 DEFAULT_BATCH_SIZE = 16
 _PROMPT_TOKENS = 512  # tokens of a prompt that a pass takes from a sequence
 _MASK_SLOTS = 2**25  # of a pass's mask: where there are many keys, a pass takes fewer tokens of a prompt
 _FEW_TOKENS = 16  # more are fed apart from the sequences that are being written, which would be padded to as many
-_FEW_SLOTS = 64  # of a pass: a small model makes it on one thread
 _DRAFTED_CHARS = 32  # chars that a pass takes from a sequence with a draft
-
-
-@dataclass(eq=False)
-class Job:
-    """A request in an engine. `done`: its generation is complete, or it has failed.
-
-    Attributes:
-        error: what its constraint, draft or listener raised, which ended it and no other.
-    """
-
-    request: Request
-    writing: Writing = field(repr=False)
-    error: Exception | None = None
-
-    @property
-    def generation(self) -> Generation:
-        """What has come of it so far.
-
-        Raises:
-            `error`, where there is one.
-        """
-        if self.error is not None:
-            raise self.error
-        return self.writing.generation
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing more will come."""
-        return self.writing.is_finished or self.error is not None
-
-    def feed(self, most_tokens: int, room: int) -> Feed:
-        """See `Writing.feed`; nothing where that fails."""
-        try:
-            return self.writing.feed(most_tokens, room)
-        except Exception as error:
-            self.error = error
-            return Feed(None, [])
-
-    def take(self, fed: Feed, answer: Answer) -> None:
-        """See `Writing.take`."""
-        if self.error is not None:
-            return
-        try:
-            self.writing.take(fed, answer)
-        except Exception as error:
-            self.error = error
 
 
 class Engine:
@@ -95,10 +50,13 @@ class Engine:
 
         Args:
             batch_size: sequences that are written at a time; others wait.
-            draft: how to guess the next blocks, which changes the number of passes and not the text.
+            draft: how to guess what comes next, which changes the number of passes and not the text.
             shares_weights: other processes hold parts of the weights, so that each pass has to call every layer.
             cache_bytes: most that prompts may take of keys and values; none: half of what is free now.
             records_passes: on a GPU, as graphs, which is faster; then the model is not called at each pass.
+
+        Raises:
+            UserError: the draft is the model's, and that has no draft head.
         """
         self.model, self.tokenizer, self.device = model, tokenizer, torch.device(device)
         self.batch_size, self.draft = batch_size, draft
@@ -109,13 +67,18 @@ class Engine:
         longest_run = tokenizer.segmentation.max_block_bytes + 1
         self._longest_run = longest_run
         room = 2 * longest_run + 2 * self._most_chars if draft else longest_run
-        self._cache = Cache(room, not shares_weights)
+        self._cache = Cache(room, not shares_weights, is_drafted=isinstance(draft, ByModel))
         self._cache_bytes = free_memory(str(self.device)) // 2 if cache_bytes is None else cache_bytes
         is_recorded = records_passes and not shares_weights and self.device.type == "cuda"
         runner = Graphs if is_recorded else Eager
-        self._run: Eager | Graphs = runner(model, self._cache, self.device)
+        self._run: Eager | Graphs = runner(partial(model, past=self._cache), self._cache, self.device)
         self._is_turn_of_prompts = True
         self._is_small = self.device.type == "cpu" and not shares_weights and is_small(model)
+        self._drafting: Drafting | None = None
+        if isinstance(draft, ByModel):
+            draft.check(model.config)
+            drafts = runner(partial(model.draft, past=Glance(self._cache)), self._cache, self.device)
+            self._drafting = Drafting(drafts, self._cache, model.config.char_positions, self._is_small)
 
     def submit(self, request: Request, listener: Listener | None = None) -> Job:
         """Take up a request; `listener` is told of its chars, blocks and text as they come.
@@ -166,7 +129,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One pass of the model; without work too, since processes that share weights make equally many.
+        """One pass of the model, after those of its draft head where that drafts; without work too, since processes
+        that share weights make equally many.
 
         An exception of the pass is raised; one that concerns a single request ends this alone, see `Job.error`.
         """
@@ -178,8 +142,11 @@ class Engine:
         jobs = self.jobs_of_pass = self.jobs[rows]
         keys = _PROMPT_TOKENS + max((job.writing.cached_tokens for job in jobs), default=0)
         most_tokens = min(_PROMPT_TOKENS, _FEW_TOKENS + _MASK_SLOTS // (keys * max(len(jobs), 1)))
-        feeds = [job.feed(most_tokens, self._room(job.writing)) for job in jobs]
-        with one_thread(self._is_small and sum(map(_slots, feeds)) <= _FEW_SLOTS):
+        rooms = [self._room(job.writing) for job in jobs]
+        if self._drafting:
+            self._drafting.draft(rows, jobs, rooms)
+        feeds = [job.feed(most_tokens, room) for job, room in zip(jobs, rooms, strict=True)]
+        with one_thread(self._is_small and are_few(feeds)):
             logits = self._pass(rows, [job.writing for job in jobs], feeds)
         for job, fed, answer in zip(jobs, feeds, answers(logits), strict=False):
             job.take(fed, answer)
@@ -269,24 +236,9 @@ class Engine:
         inputs = PassInputs.of_shape(rows, shape, longest)
         slots, targets, counts_of_pass = parts(inputs.flat, shape)
         counts_of_pass[:] = counts
-        self._fill(slots, t, feeds)
+        fill(slots, t, feeds, self.model.config.char_positions)
         targets[:] = self._cache.targets(rows, slots, t, kept_chars)
         return self._run(inputs).float().cpu().numpy()
-
-    def _fill(self, slots: np.ndarray, n_tokens: int, feeds: list[Feed]) -> None:
-        """Put what is fed into slots (B, T + C, F) of zeros, which are padding."""
-        for row, fed in enumerate(feeds):
-            if fed.tokens is not None:
-                slots[row, : len(fed.tokens)] = fed.tokens
-        where = [(row, n_tokens + i) for row, fed in enumerate(feeds) for i in range(len(fed.chars))]
-        if where:
-            ids, c, block, start_pos = np.array([char for fed in feeds for char in fed.chars]).T
-            chars = char_slots(ids, c, block, start_pos, self.model.config.char_positions)
-            slots[tuple(np.array(where).T)] = side_by_side(chars)
-
-
-def _slots(fed: Feed) -> int:
-    return len(fed.chars) + (0 if fed.tokens is None else len(fed.tokens))
 
 
 def _have_long_prompt(one: Job, other: Job) -> bool:

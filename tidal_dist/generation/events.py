@@ -81,6 +81,7 @@ class Generation:
         off_canonical_joins: borders that segmenting the blocks' text anew would not set or would add.
         ill_formed_blocks: blocks that would have come out ill-formed if the likeliest id were taken without a mask.
         passes: of the model, for this sequence. drafted: chars that were proposed to it. accepted: those it took.
+        draft_passes: of the model's draft head, beside `passes`.
     """
 
     text: str = ""
@@ -91,6 +92,7 @@ class Generation:
     passes: int = field(default=0, compare=False)
     drafted: int = field(default=0, compare=False)
     accepted: int = field(default=0, compare=False)
+    draft_passes: int = field(default=0, compare=False)
 
     @property
     def blocks(self) -> list[str]:

@@ -3,17 +3,20 @@
 B sequences of a pass, T token and C char slots of each, V ids of the output vocabulary, F arrays of `Slots`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from data_pipeline.layout import ARRAYS, Slots
-from tidal_dist.generation.cache import Cache, slots_of
-from tidal_dist.model.transformer import TidalTransformer
+from data_pipeline.layout import ARRAYS, CharPositions, Slots, char_slots
+from tidal_dist.generation.cache import Cache, side_by_side, slots_of
+from tidal_dist.generation.exchange import Feed
 
 Shape = tuple[int, int, int]  # B, T, C
+Answering = Callable[[Slots, Slots], torch.Tensor]  # what a pass runs: tokens and chars -> logits (B, C, V)
+_FEW_SLOTS = 64  # of a pass: a small model makes it on one thread
 _GRAPH_TOKENS = (0, 1, 2, 4, 8, 16)  # T of passes that are recorded; passes with more are run as they come
 _GRAPH_CHARS = (1, 4, 8, 16, 32)
 
@@ -47,11 +50,27 @@ def parts(flat: Any, shape: Shape) -> tuple[Any, Any, Any]:
     return slots, targets, flat[targets_end:].reshape(2, b)
 
 
+def fill(slots: np.ndarray, n_tokens: int, feeds: Sequence[Feed], char_positions: CharPositions) -> None:
+    """Put what is fed into slots (B, T + C, F) of zeros, which are padding."""
+    for row, fed in enumerate(feeds):
+        if fed.tokens is not None:
+            slots[row, : len(fed.tokens)] = fed.tokens
+    where = [(row, n_tokens + i) for row, fed in enumerate(feeds) for i in range(len(fed.chars))]
+    if where:
+        ids, c, block, start_pos = np.array([char for fed in feeds for char in fed.chars]).T
+        slots[tuple(np.array(where).T)] = side_by_side(char_slots(ids, c, block, start_pos, char_positions))
+
+
+def are_few(feeds: Sequence[Feed]) -> bool:
+    """Whether a small model makes a pass over what is fed faster on one thread."""
+    return sum(fed.slots for fed in feeds) <= _FEW_SLOTS
+
+
 class Eager:
     """Runs a pass as it comes."""
 
-    def __init__(self, model: TidalTransformer, cache: Cache, device: torch.device):
-        self._model, self._cache, self._device = model, cache, device
+    def __init__(self, answering: Answering, cache: Cache, device: torch.device):
+        self._answering, self._cache, self._device = answering, cache, device
 
     def shape_of(self, shape: Shape) -> Shape:
         """The shape that a pass is filled up to."""
@@ -61,7 +80,7 @@ class Eager:
         """Logits (B, C, V)."""
         new = parts(torch.from_numpy(inputs.flat).to(self._device), inputs.shape)
         tokens, chars = _aimed(self._cache, inputs, new, inputs.longest)
-        return self._model(tokens, chars, past=self._cache)
+        return self._answering(tokens, chars)
 
 
 def _aimed(cache: Cache, inputs: PassInputs, new: tuple[Any, Any, Any], longest: int) -> tuple[Slots, Slots]:
@@ -86,9 +105,9 @@ def _is_recorded(shape: Shape) -> bool:
 class Graphs:
     """Runs passes of few slots as CUDA graphs, one for each shape and size of the cache: a launch for a whole pass."""
 
-    def __init__(self, model: TidalTransformer, cache: Cache, device: torch.device):
-        self._model, self._cache, self._device = model, cache, device
-        self._eager = Eager(model, cache, device)
+    def __init__(self, answering: Answering, cache: Cache, device: torch.device):
+        self._answering, self._cache, self._device = answering, cache, device
+        self._eager = Eager(answering, cache, device)
         self._recorded: dict[Shape, _Recorded] = {}
         self._room = (0, 0)
 
@@ -128,9 +147,9 @@ class Graphs:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):  # what is made at the first call is not to be recorded
-            self._model(tokens, chars, past=self._cache)
+            self._answering(tokens, chars)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self._model(tokens, chars, past=self._cache)
+            logits = self._answering(tokens, chars)
         return _Recorded(graph, staging, static, logits)

@@ -14,7 +14,7 @@ def as_object(prompt: str, result: Generation, with_trace: bool, with_alternativ
         "blocks": result.blocks,
         "finish": result.finish,
         "off_canonical_joins": result.off_canonical_joins,
-        **{name: getattr(result, name) for name in ("passes", "drafted", "accepted")},
+        **{name: getattr(result, name) for name in ("passes", "drafted", "accepted", "draft_passes")},
     }
     if with_alternatives:
         trace = [block.as_trace() | {"alternatives": _alternatives(block)} for block in result.details]

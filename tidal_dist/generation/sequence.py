@@ -1,6 +1,6 @@
 """One sequence at work: what it has written, what it feeds to the next pass, what it makes of the answer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,47 +10,16 @@ from data_pipeline.pieces import reverse_block
 from data_pipeline.segmentation import off_canonical_joins, segment
 from data_pipeline.tokenizer import BOB, EOB, EOS, MixedTokenizer
 from tidal_dist.generation.cache import side_by_side, slots_of
-from tidal_dist.generation.draft import Draft
+from tidal_dist.generation.draft import Draft, Expected
 from tidal_dist.generation.events import Block, Char, Event, Generation, Text
+from tidal_dist.generation.exchange import Answer, CharInput, Feed
 from tidal_dist.generation.repetition import WrittenBlocks
 from tidal_dist.generation.request import Request
 from tidal_dist.generation.sampling import choose, penalised
 from tidal_dist.generation.stops import Ending
 from tidal_dist.generation.utf8 import allowed, block_text
 
-CharInput = tuple[int, int, int, int]  # id, c, block, start_pos
 Listener = Callable[[Event], None]
-
-
-@dataclass(frozen=True)
-class Feed:
-    """What a sequence gives to a pass: tokens (t, F), and its next char with those that are drafted behind it.
-
-    Attributes:
-        tokens: the arrays of their `Slots`, side by side.
-        drafted_tokens: of the tokens, how many belong to each block that is not written yet.
-    """
-
-    tokens: np.ndarray | None
-    chars: list[CharInput]
-    drafted_tokens: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model says to n chars of a sequence: logits (n, V), and for each the likeliest id and the log of the sum
-    of the logits' exponentials."""
-
-    logits: np.ndarray
-    likeliest: list[int]
-    totals: list[float]
-
-
-def answers(logits: np.ndarray) -> Iterator[Answer]:
-    """The answers to the sequences of a pass, by logits (B, C, V), all at once: rows are many and short."""
-    highest = logits.max(axis=-1, keepdims=True)
-    totals = highest[..., 0] + np.log(np.exp(logits - highest).sum(axis=-1))
-    return map(Answer, logits, logits.argmax(axis=-1).tolist(), totals.tolist())
 
 
 @dataclass
@@ -171,6 +140,29 @@ class Writing:
         del chars[room:]
         return Feed(np.concatenate(parts) if parts else None, chars, drafted_tokens)
 
+    def feed_draft(self, room: int) -> Feed:
+        """The block at hand, `<bob>` first, as far as it is written and drafted; nothing where that is as far as it goes.
+
+        Args:
+            room: chars that the pass that checks the draft may take.
+        """
+        written = bytes(self._block.written)
+        if not written or self.is_finished:
+            return Feed(None, [])
+        assert isinstance(self._draft, Expected)
+        expected = self._draft.begun_with(written)
+        most = min(len(written) + room - 1, self._tokenizer.segmentation.max_block_bytes)
+        if self._draft.is_whole or len(expected) >= most:
+            return Feed(None, [])
+        return Feed(None, [(id_, c, self._n_blocks, self._n_tokens) for c, id_ in enumerate([BOB, *expected])])
+
+    def take_draft(self, logits: np.ndarray) -> None:
+        """Expect next what is likeliest by logits (V,) of the ids that may come."""
+        assert isinstance(self._draft, Expected)
+        self.generation.draft_passes += 1
+        may_come = self._allowed(self._draft.block)
+        self._draft.expect(int(np.where(may_come, logits, -np.inf).argmax()))
+
     def take(self, fed: Feed, answer: Answer) -> None:
         """Go on with the model's answer to the n chars that were fed."""
         self.generation.passes += 1
@@ -187,16 +179,17 @@ class Writing:
                 self.cached_tokens += next(drafted_tokens)
         self.cached_chars = self.cached_chars + number if self._block.written else 0
 
-    def _allowed(self) -> np.ndarray:
-        """Ids that may come next, (V,) bool."""
-        written, most = bytes(self._block.written), self._tokenizer.segmentation.max_block_bytes
+    def _allowed(self, written: bytes) -> np.ndarray:
+        """Ids that may come when so much of the block at hand is written, (V,) bool."""
+        most = self._tokenizer.segmentation.max_block_bytes
         may_come = allowed(written, most)
         constraint = self.request.constraint
         return may_come & constraint.allowed(self._state, written, most - len(written)) if constraint else may_come
 
     def _choose(self, answer: Answer, number: int) -> Char:
         """The next char by the answer to char `number` of those that were fed."""
-        sampling, may_come, row = self.request.sampling, self._allowed(), answer.logits[number]
+        sampling, row = self.request.sampling, answer.logits[number]
+        may_come = self._allowed(bytes(self._block.written))
         likeliest, total = answer.likeliest[number], answer.totals[number]
         self._block.is_held_back |= not may_come[likeliest]
         if sampling.temperature == 0.0 and not self._seen and may_come[likeliest]:

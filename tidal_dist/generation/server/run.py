@@ -14,6 +14,7 @@ import uvicorn
 
 from tidal_dist.errors import UserError
 from tidal_dist.export.package import load_export
+from tidal_dist.generation.draft import draft_named
 from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.server.app import create_app
 from tidal_dist.generation.server.protocol import BoundedProtocol
@@ -84,12 +85,13 @@ def serve(
         announce: told the server's address when it is about to answer.
 
     Raises:
-        UserError: the export or the address cannot be used.
+        UserError: the export or the address cannot be used, or the model cannot draft.
     """
     with contextlib.closing(listen(host, port)) as listening:
         exported = load_export(export)
         model = exported.model.to(device)
-        make_engine = partial(Engine, model, exported.tokenizer, device, settings.batch_size)
+        draft = draft_named(settings.draft, model.config)
+        make_engine = partial(Engine, model, exported.tokenizer, device, settings.batch_size, draft)
         server = Server(Service(make_engine, exported.tokenizer, settings))
         announce(_url(listening))
         with _all_files():

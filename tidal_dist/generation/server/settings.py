@@ -21,6 +21,7 @@ class ServerSettings:
         body_seconds: for its body.
         grace_seconds: what is being written when the server is told to stop has so long to finish.
         api_key: what `/v1` asks for, if anything.
+        draft: how to guess what comes next, by name; see generation/draft.py.
     """
 
     model: str
@@ -34,6 +35,7 @@ class ServerSettings:
     body_seconds: float = 30.0
     grace_seconds: float = 3.0
     api_key: str | None = None
+    draft: str | None = None
 
     @property
     def max_texts(self) -> int:

@@ -5,8 +5,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from tidal_dist.generation.engine import Job
 from tidal_dist.generation.events import Block, Char, Generation, Text
+from tidal_dist.generation.job import Job
 from tidal_dist.generation.request import Request
 from tidal_dist.generation.server.errors import ApiError
 
