@@ -48,6 +48,18 @@ CASES: dict[str, list[str]] = {
         "training.activation_checkpointing=true",
         "deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}",
     ],
+    "2 bf16 draft head": [
+        "training.zero_stage=2",
+        "training.precision=bf16",
+        "training.activation_checkpointing=true",
+        "model.draft_layers=1",
+    ],
+    "3 fp32 draft head compiled": [
+        "training.compile=true",
+        "training.activation_checkpointing=true",
+        "deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}",
+        "model.draft_layers=1",
+    ],
 }
 # What is compiled is traced and differentiated as ever; kernels would take a minute to make, and are PyTorch's own.
 torch.compile = functools.partial(torch.compile, backend="aot_eager")

@@ -14,6 +14,7 @@ from tidal_dist.config import ModelConfig, TrainingConfig
 from tidal_dist.errors import ConfigError
 from tidal_dist.flops import RowFlops, recomputed_layers, row_flops
 from tidal_dist.gpus import GPUS, gpu_named, peak_tflops, recognised
+from tidal_dist.model import transformer
 from tidal_dist.model.transformer import TidalTransformer
 
 SHAPES: list[dict[str, Any]] = [
@@ -31,14 +32,21 @@ def slots(stream: Any, rows: int, n: int, device: str) -> Slots:
     return Slots(stream, **arrays).map(lambda a: torch.from_numpy(a).to(device))
 
 
-def counted(config: ModelConfig, tokens: int, chars: int, backward: bool, *checkpointing: Any) -> int:
+def counted(
+    config: ModelConfig,
+    tokens: int,
+    chars: int,
+    backward: bool,
+    *checkpointing: Any,
+    labels: torch.Tensor | None = None,
+) -> int:
     """FLOPs that PyTorch counts; on the meta device all keys are computed, as on a GPU."""
     with torch.device("meta"):
         model = TidalTransformer(config, 300, 7, *checkpointing)
     with FlopCounterMode(display=False) as counter:
-        logits = model(slots("token", 2, tokens, "meta"), slots("char", 2, chars, "meta"))
+        found = model(slots("token", 2, tokens, "meta"), slots("char", 2, chars, "meta"), labels)
         if backward:
-            logits.sum().backward()
+            found.sum().backward()
     return counter.get_total_flops()
 
 
@@ -76,6 +84,26 @@ def test_layers_computed_again_are_what_pytorch_counts(every: int) -> None:
     assert 2 * computed == counted(config, 40, 170, True, checkpoint, every)
     assert again == frozenset(range(0, 4, every))
     assert ours.hardware() < ours.hardware(again) <= ours.hardware(frozenset(range(4)))
+
+
+DRAFTING: list[dict[str, Any]] = [
+    {"n_layers": 3, "width": 32, "n_heads": 2, "draft_layers": 1},
+    {"n_layers": 4, "width": 48, "n_heads": 3, "char_layers": 3, "draft_layers": 2, "mlp": "gelu", "encoding": "alibi"},
+]
+
+
+@pytest.mark.parametrize("shape", DRAFTING)
+@pytest.mark.parametrize(("tokens", "chars"), [(16, 24), (40, 170)])
+def test_a_step_that_also_teaches_drafts_is_what_pytorch_counts(
+    shape: dict[str, Any], tokens: int, chars: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All are supervised; to see which would take memory.
+    monkeypatch.setattr(transformer, "nats", lambda output, hidden, _: output(hidden).sum(dim=(1, 2, 3)))
+    config = ModelConfig(**shape)
+    ours = row_flops(config, tokens, chars, max_block_bytes=7)
+    labels = torch.zeros(2, chars, device="meta")
+    assert 2 * (ours.hardware() + scores_made_again(ours)) == counted(config, tokens, chars, True, labels=labels)
+    assert ours.forward > row_flops(config.model_copy(update={"draft_layers": None}), tokens, chars, 7).forward
 
 
 @given(layers=st.integers(1, 6), depth=st.integers(1, 6), tokens=st.integers(2, 300), chars=st.integers(2, 900))

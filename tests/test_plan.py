@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from tests.launching import tidal_error, tidal_here
 from tests.test_config import MINIMAL
-from tests.test_flops import SHAPES, slots
+from tests.test_flops import DRAFTING, SHAPES, slots
 from tidal_dist.config import Config, ModelConfig, load_config, parse_config
 from tidal_dist.gpus import GPUS
 from tidal_dist.model import split
+from tidal_dist.model.positions import chars_again
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.plan import Plan, plan
 from tidal_dist.planning.activations import PassShape, biases_memory, layer_memory, logits_memory
@@ -44,7 +45,7 @@ def config(**sections: Any) -> Config:
     return parse_config(content, "test")
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, {**SHAPES[0], "places": False}, {**SHAPES[1], "place_shift": 9}])
+@pytest.mark.parametrize("shape", [*SHAPES, *DRAFTING, {**SHAPES[0], "places": False}, {**SHAPES[1], "place_shift": 9}])
 def test_parameters_are_those_of_the_model(shape: dict[str, Any]) -> None:
     model_config = ModelConfig(**shape)
     with torch.device("meta"):
@@ -79,7 +80,7 @@ def kept_by_autograd(action: Callable[[], Any], besides: list[torch.Tensor]) -> 
     return sum(size for pointer, size in storages.items() if pointer not in known)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *DRAFTING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_keep_what_the_plan_says(
     shape: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -91,14 +92,17 @@ def test_layers_keep_what_the_plan_says(
     tokens, chars = slots("token", 3, 120, "cpu"), slots("char", 3, 200, "cpu")
     pass_shape = PassShape(model_config, 3, 120, 200, 8, 200, dtype.itemsize, fused_norms=False)
     prepared, angles = model.prepare(tokens, chars, dtype, None)
+    if model_config.draft_layers and angles:
+        angles = chars_again(angles, 120)
     parts = [*prepared.token_parts, *prepared.char_parts]
     held = [*model.parameters(), *(part.bias for part in parts), *(angles or ())]
     for i, layer in enumerate(model.layers):
         has_chars = i >= model_config.n_layers - model_config.char_depth
-        n = 320 if has_chars else 120
+        drafted = 200 if model_config.draft_entry is not None and i >= model_config.draft_entry else 0
+        n = 320 + drafted if has_chars else 120
         x = torch.randn(3, n, model_config.width, dtype=dtype, requires_grad=True)
         predicted = layer_memory(pass_shape, i)
-        measured = kept_by_autograd(lambda x=x, layer=layer: layer(x, 120, prepared, angles, None), held)
+        measured = kept_by_autograd(lambda x=x, layer=layer, d=drafted: layer(x, 120, prepared, angles, None, d), held)
         assert predicted.kept == pytest.approx(measured, rel=0.03), i
     assert biases_memory(pass_shape) == sum(t.untyped_storage().nbytes() for t in held[len(list(model.parameters())) :])
 

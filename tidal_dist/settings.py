@@ -48,7 +48,7 @@ class ModelConfig(Section):
             raise ValueError(f"char_layers {self.char_layers} is more than n_layers {self.n_layers}")
         if self.draft_layers is not None and self.draft_layers >= self.char_depth:
             raise ValueError(
-                f"draft_layers {self.draft_layers} is not less than the {self.char_depth} layers that chars pass"
+                f"draft_layers {self.draft_layers} is not less than the layers that chars pass, {self.char_depth}"
             )
         if self.writes != "blocks":
             plain = {"places": False, "char_positions": "forward", "char_order": "reversed", "has_handoff": False}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.builders import small_model, small_tokenizer
-from tidal_dist.generation.draft import LookUp
+from tidal_dist.generation.draft import ByModel, LookUp
 from tidal_dist.generation.engine import Engine
 from tidal_dist.generation.passes import Graphs
 from tidal_dist.generation.request import Limits, Request, requests_of
@@ -27,6 +27,18 @@ def test_recorded_passes_write_what_a_cpu_writes(settings: dict, batch_size: int
         requests = requests_of(PROMPTS, Request("", Sampling(temperature=0.7), Limits(40)))
         texts[device] = [g.text for g in engine.run(requests)]
     assert texts["cuda"] == texts["cpu"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("settings", [{"draft_layers": 2}, {"encoding": "alibi", "char_layers": 2, "draft_layers": 1}])
+def test_recorded_drafts_write_what_a_cpu_writes(settings: dict, batch_size: int) -> None:
+    tokenizer, texts = small_tokenizer(), []
+    for device, draft in (("cpu", None), ("cuda", ByModel())):
+        engine = Engine(small_model(tokenizer, **settings).to(device), tokenizer, device, batch_size, draft)
+        generations = list(engine.run(requests_of(PROMPTS, Request("", Sampling(temperature=0.7), Limits(40)))))
+        texts.append([g.text for g in generations])
+    assert texts[1] == texts[0]
+    assert sum(g.draft_passes for g in generations) > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

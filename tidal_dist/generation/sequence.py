@@ -141,7 +141,7 @@ class Writing:
         return Feed(np.concatenate(parts) if parts else None, chars, drafted_tokens)
 
     def feed_draft(self, room: int) -> Feed:
-        """The block at hand, `<bob>` first, as far as it is written and drafted; nothing where that is as far as it goes.
+        """The block at hand, `<bob>` first, as far as it is written and drafted; nothing where it is to go no further.
 
         Args:
             room: chars that the pass that checks the draft may take.
