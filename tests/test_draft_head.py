@@ -1,5 +1,5 @@
-"""A draft head: what its layers make of the chars is what a model of only these layers for its chars would make of them,
-and training it changes neither what the model is nor the loss that is reported."""
+"""A draft head: its layers say of the chars what a model whose chars pass no others would say, and training it changes
+neither what the model is nor the loss that is reported."""
 
 from collections.abc import Callable
 from typing import Any
