@@ -663,7 +663,7 @@ SETTINGS: list[dict[str, Any]] = [
         {},
         {"char_positions": "forward", "token_attention": "causal", "n_heads": 4},
         {"places": False, "char_layers": 1},
-        {"char_layers": 2, "handoff": True, "mlp": "gelu", "n_layers": 3},
+        {"char_layers": 2, "handoff": True, "mlp": "gelu", "n_layers": 3, "draft_layers": 1},
         {"char_layers": 1, "handoff": False, "place_shift": 4, "dropout": 0.1},
     )
 ]
