@@ -149,7 +149,9 @@ def test_sequences_enter_leave_and_share_a_long_prompt(batch_size: int) -> None:
     compared(model, requests, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("held", [{"regex": r"(12 \+ 34 = 46; )+"}, {"choices": ["12 + 34 = 47", "潮水又来。潮水退去"]}])
+@pytest.mark.parametrize(
+    "held", [{"regex": r"(12 \+ 34 = 46; )+"}, {"choices": ["12 + 34 = 47", "潮水又来。潮水退去"]}]
+)
 def test_a_constraint_goes_together_with_it(held: dict[str, Any]) -> None:
     model, most = lively_model(2, **SETTINGS[2]), TOKENIZER.segmentation.max_block_bytes
     constraint = constraint_of(held.get("regex"), held.get("choices"), most)
@@ -201,7 +203,7 @@ def test_what_has_no_head_cannot_draft() -> None:
         lambda: Engine(model, TOKENIZER, draft=ByModel()),
         lambda: draft_named("model", model.config),
     ):
-        with pytest.raises(UserError, match="this model has no draft head; train one with model.draft_layers"):
+        with pytest.raises(UserError, match="this model has no draft head"):
             make()
     with pytest.raises(UserError, match="draft guess: choose from lookup, model"):
         draft_named("guess", model.config)
