@@ -79,10 +79,10 @@ def attend_with_drafts(
     These see the tokens and each other, as the first ones do: q (B, H, Q, D), k and v (B, H, T + 2 C, D) ->
     (B, H, Q, D); Q is T + 2 C, or 2 C where chars alone ask.
     """
-    of_drafts = [torch.cat([x[:, :, : prepared.n_tokens], x[:, :, -n_drafted:]], dim=2) for x in (k, v)]
+    own_k, own_v = (torch.cat([x[:, :, : prepared.n_tokens], x[:, :, -n_drafted:]], dim=2) for x in (k, v))
     found = (
         attend(q[:, :, :-n_drafted], k[:, :, :-n_drafted], v[:, :, :-n_drafted], prepared),
-        attend(q[:, :, -n_drafted:], *of_drafts, prepared),
+        attend(q[:, :, -n_drafted:], own_k, own_v, prepared),
     )
     # Heads of a slot side by side, as the layer's next matrix takes them.
     return torch.cat([y.transpose(1, 2) for y in found], dim=1).transpose(1, 2)
