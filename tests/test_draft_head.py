@@ -62,9 +62,11 @@ def taught(model: TidalTransformer, name: str) -> tuple[torch.Tensor, torch.Tens
     return loss, logits
 
 
-@pytest.mark.parametrize("kernel", ["split", "dense"])
-@pytest.mark.parametrize(("settings", "name"), CASES)
-def test_a_draft_is_what_a_model_of_its_layers_says(settings: dict[str, Any], name: str, kernel: Any) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "settings", "name"),
+    [*(("split", *case.values) for case in CASES), ("dense", SETTINGS[1], "dense"), ("dense", SETTINGS[2], "chunked")],
+)
+def test_a_draft_is_what_a_model_of_its_layers_says(kernel: Any, settings: dict[str, Any], name: str) -> None:
     model = small_model(TOKENIZER, **settings)
     model.attention = kernel
     whole, alone = (model.config, model.state_dict()), as_model_of_its_own(model)
