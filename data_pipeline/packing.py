@@ -1,6 +1,6 @@
 """Documents -> rows of T token slots and C char slots: the row plan, from lengths alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -240,6 +240,26 @@ def _plan(pieces: np.ndarray, ends: _Ends, order: np.ndarray, row_ends: np.ndarr
         "char_slots": char_slots,
     }
     return RowPlan(row_ends=row_ends, **{name: _compact(array) for name, array in columns.items()})
+
+
+def batches_alike(slots: Sequence[tuple[int, int]], most: int) -> Iterator[list[int]]:
+    """The numbers of rows, those of like lengths together.
+
+    Args:
+        slots: token and char slots of each row. most: of a batch, where all its rows are as long as the longest; a row
+            that has more is a batch.
+    """
+    batch: list[int] = []
+    widest = (0, 0)
+    for i in sorted(range(len(slots)), key=lambda i: slots[i]):
+        wider = max(widest[0], slots[i][0]), max(widest[1], slots[i][1])
+        if batch and sum(wider) * (len(batch) + 1) > most:
+            yield batch
+            batch, wider = [], slots[i]
+        batch.append(i)
+        widest = wider
+    if batch:
+        yield batch
 
 
 def _compact(array: np.ndarray) -> np.ndarray:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from data_pipeline.baselines import Writes
 from data_pipeline.layout import IGNORED
-from data_pipeline.packing import cut_document
+from data_pipeline.packing import batches_alike, cut_document
 from data_pipeline.pieces import Piece, piece_of_blocks, slot_counts
-from data_pipeline.rows import RowFormat, RowReader, lay_out_as, row_format_of
+from data_pipeline.rows import RowReader, lay_out_as
 from data_pipeline.run_order import SPLIT
 from data_pipeline.segmentation import segment
 from data_pipeline.shards import Manifest
@@ -31,42 +31,11 @@ from tidal_dist.flops import row_flops
 from tidal_dist.model.likelihood import bits_per_byte, exactly_predicted
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.training import checkpoint as ckpt
+from tidal_dist.training.data import row_format
 
 Document = tuple[str, str]  # (prompt, answer); a text has no prompt
 _BATCH_SLOTS = 16_384
 _SAMPLED_ROWS = 512  # of the training, to count the bytes of
-
-
-def evaluate(run: Path, tests: Mapping[str, Sequence[Document]]) -> dict[str, Any]:
-    """What the last checkpoint of a run knows of each test set, and what its training has cost.
-
-    Args:
-        tests: documents by the name of their set; those of a set all have a prompt, or none has.
-
-    Returns:
-        parameters. steps. training_flops: model FLOPs (`tidal_dist.flops`). training_bytes: supervised bytes, reckoned
-        from the first rows. tests: by name `exact_match` (None for texts without a prompt), `bits_per_byte`, `count`.
-
-    Raises:
-        CheckpointError: the run has no complete checkpoint.
-    """
-    trained = open_trained(run)
-    config, tokenizer = trained.config, trained.tokenizer
-    reader = training_reader(config, tokenizer)
-    row = row_flops(
-        config.model,
-        *reader.shape,
-        config.segmentation.max_block_bytes,
-        output_size=trained.model.output.out_features,
-    )
-    rows = config.training.steps * config.training.batch_rows
-    return {
-        "parameters": sum(p.numel() for p in trained.model.parameters()),
-        "steps": config.training.steps,
-        "training_flops": float(row.training * rows),
-        "training_bytes": round(_bytes_of_a_row(reader, tokenizer) * rows),
-        "tests": {name: measure(trained, documents) for name, documents in tests.items()},
-    }
 
 
 @dataclass(frozen=True)
@@ -90,9 +59,37 @@ def open_trained(run: Path) -> Trained:
     return Trained(model_of_weights(config.model, tokenizer, consolidated_weights(checkpoint)), config, tokenizer)
 
 
+def evaluate(trained: Trained, tests: Mapping[str, Sequence[Document]]) -> dict[str, Any]:
+    """What a model knows of each test set, and what its training has cost.
+
+    Args:
+        tests: documents by the name of their set; those of a set all have a prompt, or none has.
+
+    Returns:
+        parameters. steps. training_flops: model FLOPs (`tidal_dist.flops`). training_bytes: supervised bytes, reckoned
+        from the first rows. tests: by name `exact_match` (None for texts without a prompt), `bits_per_byte`, `count`.
+    """
+    config, tokenizer = trained.config, trained.tokenizer
+    reader = training_reader(config, tokenizer)
+    row = row_flops(
+        config.model,
+        *reader.shape,
+        config.segmentation.max_block_bytes,
+        output_size=trained.model.output.out_features,
+    )
+    rows = config.training.steps * config.training.batch_rows
+    return {
+        "parameters": sum(p.numel() for p in trained.model.parameters()),
+        "steps": config.training.steps,
+        "training_flops": float(row.training * rows),
+        "training_bytes": round(_bytes_of_a_row(reader, tokenizer) * rows),
+        "tests": {name: measure(trained, documents) for name, documents in tests.items()},
+    }
+
+
 def training_reader(config: Config, tokenizer: MixedTokenizer) -> RowReader:
     """The training's own reader of its rows."""
-    return RowReader(Manifest.of(config.data), SPLIT, tokenizer, _format(config), config.data.seed)
+    return RowReader(Manifest.of(config.data), SPLIT, tokenizer, row_format(config), config.data.seed)
 
 
 def _bytes_of_a_row(reader: RowReader, tokenizer: MixedTokenizer) -> float:
@@ -108,8 +105,9 @@ def measure(trained: Trained, documents: Sequence[Document]) -> dict[str, Any]:
     pieces = [piece for prompt, text in documents for piece in pieces_of(prompt, text, trained)]
     nats = text_bytes = 0.0
     right = count = 0
-    for some in _batches(pieces, trained.config.model.writes):
-        batch = lay_out_alone(some, trained)
+    shapes = [_shape(piece, trained.config.model.writes) for piece in pieces]
+    for numbers in batches_alike(shapes, _BATCH_SLOTS):
+        batch = lay_out_alone([pieces[i] for i in numbers], trained)
         logits = trained.model(batch.tokens, batch.chars)
         supervised = batch.labels != IGNORED
         nats += float(F.cross_entropy(logits[supervised].float(), batch.labels[supervised], reduction="sum"))
@@ -139,23 +137,6 @@ def pieces_of(prompt: str, text: str, trained: Trained) -> Iterator[Piece]:
         yield piece_of_blocks(blocks[first:end], tokenizer, supervised - first, end == len(blocks))
 
 
-def _batches(pieces: Sequence[Piece], writes: Writes) -> Iterator[list[Piece]]:
-    """Pieces of like lengths, together."""
-    ordered = sorted(pieces, key=lambda piece: _slots(piece, writes))
-    batch: list[Piece] = []
-    for piece in ordered:
-        if batch and _slots(piece, writes) * (len(batch) + 1) > _BATCH_SLOTS:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch
-
-
-def _slots(piece: Piece, writes: Writes) -> int:
-    return sum(_shape(piece, writes))
-
-
 def _shape(piece: Piece, writes: Writes) -> tuple[int, int]:
     if writes == "blocks":
         return slot_counts(piece.block_tokens, piece.block_bytes, piece.supervised_from)
@@ -168,11 +149,6 @@ def lay_out_alone(pieces: Sequence[Piece], trained: Trained) -> Batch:
     shapes = [_shape(piece, config.model.writes) for piece in pieces]
     shape = max(t for t, _ in shapes), max(c for _, c in shapes)
     rows = [[piece] for piece in pieces]
-    return batch_of(lay_out_as(_format(config), rows, [[0]] * len(rows), trained.tokenizer.byte_lengths, shape)).to(
+    return batch_of(lay_out_as(row_format(config), rows, [[0]] * len(rows), trained.tokenizer.byte_lengths, shape)).to(
         "cpu"
     )
-
-
-def _format(config: Config) -> RowFormat:
-    model = config.model
-    return row_format_of(config.data, model.char_positions, 0, model.writes, model.char_order)

@@ -16,6 +16,7 @@ from pathlib import Path
 from experiments.spec import Job
 
 JOB, CONFIG, RUN, LOG, RESULT, DATA = "job.json", "config.yaml", "run", "log.txt", "result.json", "data.json"
+CORPUS = "corpus"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from data_pipeline.preparing.locks import exclusive
-from experiments.places import CONFIG, DATA, LOG, RUN, Places
+from experiments.places import CONFIG, CORPUS, DATA, LOG, RUN, Places
 from experiments.processes import Process, stop_all, wait_a_little, work_command
 from experiments.results import Key, Result, standing, write_job
 from experiments.sources import commit
@@ -192,10 +192,10 @@ class _Runner:
 
 def _config(planned: Planned) -> Config:
     """The configuration of a job's run, with its files."""
-    from experiments.tasks import VALIDATION_FRACTION
+    from experiments.tasks.writing import HELD_OUT, TRAIN, VALIDATION_FRACTION
 
-    config, corpus = planned.job.config, planned.data / "corpus"
-    files = [{"path": str(corpus / name), "format": "jsonl"} for name in ("train.jsonl", "held-out.jsonl")]
+    config, corpus = planned.job.config, planned.data / CORPUS
+    files = [{"path": str(corpus / name), "format": "jsonl"} for name in (TRAIN, HELD_OUT)]
     sources = CorpusConfig.model_validate({"sources": files, "validation_fraction": VALIDATION_FRACTION})
     data = config.data.model_copy(update={"shards": str(planned.data / "shards")})
     return config.model_copy(update={"run_dir": str(planned.folder / RUN), "corpus": sources, "data": data})

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from data_pipeline.errors import one_line
 from data_pipeline.files import replace_file
-from experiments.places import CONFIG, DATA, RUN
+from experiments.places import CONFIG, CORPUS, DATA, RUN
 from experiments.results import Curve, JobFile, Key, Result, as_bytes, read_job, write_result
 from experiments.spec import Metric
 from tidal_dist.config import load_config
@@ -27,8 +27,6 @@ from tidal_dist.history.events import read_events
 from tidal_dist.history.scalars import curve, read_scalars
 from tidal_dist.launching import TRAIN
 from tidal_dist.training.commit import complete_checkpoints
-
-_CORPUS, _TRAIN = "corpus", "train.jsonl"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,11 +61,12 @@ def prepare_data(folder: Path) -> None:
     from data_pipeline.prepare import prepare
     from data_pipeline.rows import read_row_plan, row_format_of
     from experiments.tasks import TASKS
+    from experiments.tasks.writing import TRAIN as SAMPLES
 
     job, config = read_job(folder), load_config(folder / CONFIG)
     target = Path(job.data)
-    if not (target / _CORPUS / _TRAIN).exists():
-        TASKS[job.task].write(target / _CORPUS, job.options, job.seed)
+    if not (target / CORPUS / SAMPLES).exists():
+        TASKS[job.task].write(target / CORPUS, job.options, job.seed)
     manifest = prepare(
         config.corpus,
         config.tokenizer,
@@ -77,7 +76,7 @@ def prepare_data(folder: Path) -> None:
         overwrite=True,  # of an earlier start that was killed before it said so in data.json
         engine=config.prepare,
     )
-    lines = (target / _CORPUS / _TRAIN).read_bytes().splitlines()
+    lines = (target / CORPUS / SAMPLES).read_bytes().splitlines()
     content = {
         "documents": sum(shard["documents"] for shard in manifest.shards("train")),
         "rows": sum(plan["rows"] for plan in read_row_plan(manifest, row_format_of(config.data))["train"]),
@@ -94,16 +93,17 @@ def do_job(folder: Path) -> None:
     """
     from experiments.evaluate import evaluate, open_trained
     from experiments.samples import samples
+    from experiments.tasks.writing import TESTS
     from tidal_dist.bench.machine import describe_machine
 
     job, started = read_job(folder), time.time()
     run = folder / RUN
     _train(folder)
     trained = time.time()
-    tests = _tests(Path(job.data) / _CORPUS / "tests")
-    figures = evaluate(run, tests)
+    tests, knows = _tests(Path(job.data) / CORPUS / TESTS), open_trained(run)
+    figures = evaluate(knows, tests)
     texts = [document for documents in tests.values() for document in documents[:1] if not document[0]]
-    written = samples(open_trained(run), texts) if texts else []
+    written = samples(knows, texts) if texts else []
     device = "cuda" if _has_gpu() else "cpu"
     made = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -46,7 +46,7 @@ def test_a_baseline_is_trained_validated_and_measured(config: Path, name: str) -
     found = scalars(run)
     losses = [value for _, value in sorted(found["train/loss"].items())]
     assert losses[-1] < losses[0]
-    figures = evaluate(run, {"held out": held_out(run)})["tests"]["held out"]
+    figures = evaluate(open_trained(run), {"held out": held_out(run)})["tests"]["held out"]
     assert figures["bits_per_byte"] == pytest.approx(found["validation/bits_per_byte"][6], rel=1e-5)
     assert figures["exact_match"] == pytest.approx(found["validation/exact_match"][6])
     for command in (["export", run, config.parent / "out"], ["doctor", run, "--data", config.parent / "shards"]):

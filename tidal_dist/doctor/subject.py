@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.rows import RowReader, row_format_of
+from data_pipeline.rows import RowReader
 from data_pipeline.shards import SPLITS, Manifest
 from data_pipeline.stream import Batch
 from data_pipeline.tokenizer import MixedTokenizer
@@ -19,6 +19,7 @@ from tidal_dist.export.consolidate import check_is_no_baseline, consolidated_wei
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.provenance import Provenance, load_probe
 from tidal_dist.training import checkpoint as ckpt
+from tidal_dist.training.data import row_format
 
 # The weights as read, as generation uses them, in float64 and with gradients; and what passes need beside them.
 _COPIES_IN_MEMORY = 1 + 1 + 2 + 2
@@ -118,5 +119,5 @@ def reader_of(subject: Subject, split: str) -> RowReader:
     Raises:
         ShardError: the shards have no plan for the training's rows.
     """
-    data, model = subject.config.data, subject.config.model
-    return RowReader(subject.manifest, split, subject.tokenizer, row_format_of(data, model.char_positions), data.seed)
+    config = subject.config
+    return RowReader(subject.manifest, split, subject.tokenizer, row_format(config), config.data.seed)

@@ -12,7 +12,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from data_pipeline.layout import lay_out_rows
-from data_pipeline.packing import cut_document
+from data_pipeline.packing import batches_alike, cut_document
 from data_pipeline.pieces import Piece, piece_of_blocks, reverse_block, slot_counts
 from data_pipeline.segmentation import segment
 from data_pipeline.stream import batch_of
@@ -106,7 +106,7 @@ class Scoring:
         check_window(window, tokenizer)
         self._model, self._tokenizer, self._device, self._alternatives = model, tokenizer, device, alternatives
         self._parts = [part for i, pair in enumerate(pairs) for part in _parts(i, pair, tokenizer, ends, window)]
-        self._batches = deque(_batches(self._parts, batch_slots))
+        self._batches = deque(batches_alike([part.slots for part in self._parts], batch_slots))
         self._n_pairs = len(pairs)
         self._scored: dict[int, tuple[list[BlockScore], bool]] = {}
 
@@ -180,22 +180,6 @@ def _blocks(text: Text, tokenizer: MixedTokenizer, pair: int) -> list[str]:
     if not all(0 < size <= most for size in sizes):
         raise UserError(f"pair {pair}: a block is empty or longer than {most} bytes; give the text itself")
     return list(text)
-
-
-def _batches(parts: Sequence[_Part], batch_slots: int) -> Iterator[list[int]]:
-    """The numbers of the parts, in batches of like lengths; a part larger than a batch is one."""
-    slots = [part.slots for part in parts]
-    batch: list[int] = []
-    widest = (0, 0)
-    for i in sorted(range(len(parts)), key=lambda i: slots[i]):
-        wider = max(widest[0], slots[i][0]), max(widest[1], slots[i][1])
-        if batch and sum(wider) * (len(batch) + 1) > batch_slots:
-            yield batch
-            batch, wider = [], slots[i]
-        batch.append(i)
-        widest = wider
-    if batch:
-        yield batch
 
 
 def _score_batch(

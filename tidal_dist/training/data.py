@@ -1,13 +1,13 @@
 """What a run reads: its stream, its held-out batches, its probe; and what is done about shards that cannot be read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data_pipeline.errors import BadShardError, ShardError, UserError
 from data_pipeline.layout import LaidOut
 from data_pipeline.ledger import SourceUse
 from data_pipeline.quarantine import QuarantineRecord
-from data_pipeline.rows import RowReader, row_format_of
+from data_pipeline.rows import RowFormat, RowReader, row_format_of
 from data_pipeline.run_order import SPLIT, run_order, start_hash
 from data_pipeline.shards import DataConfig, Manifest
 from data_pipeline.stream import Batch, Loading, Share, Stream, fixed_batches
@@ -78,13 +78,17 @@ def open_data(
     )
 
 
+def row_format(config: Config) -> RowFormat:
+    """The rows of a configuration as its model takes them, with places that are not shifted."""
+    model = config.model
+    return row_format_of(config.data, model.char_positions, writes=model.writes, char_order=model.char_order)
+
+
 def _reader(config: Config, manifest: Manifest, tokenizer: MixedTokenizer, split: str, world: int) -> RowReader:
-    data, model = config.data, config.model
-    order = model.writes, model.char_order
-    row_format = row_format_of(data, model.char_positions, model.place_shift, *order)
+    data, rows = config.data, replace(row_format(config), place_shift=config.model.place_shift)
     # Each lane of the rank stands in a shard of every source, and goes from one to the next.
     open_shards = 2 * (data.lanes // world) * max(1, len(set(manifest.sources(split))) if data.mix else 1)
-    return RowReader(manifest, split, tokenizer, row_format, data.seed, max(open_shards, 16))
+    return RowReader(manifest, split, tokenizer, rows, data.seed, max(open_shards, 16))
 
 
 def record_of_bad_shards(
