@@ -84,8 +84,7 @@ def _checkpoint(folder: Path, layers: int, width: int) -> Path:
     config = ModelConfig(n_layers=layers, width=width, n_heads=width // 64)
     torch.manual_seed(1)
     model = TidalTransformer(config, tokenizer.vocab_size, tokenizer.segmentation.max_block_bytes).eval()
-    documents = [document_of("the tide runs out and the tide comes in " * 19 + str(n)) for n in range(4)]
-    probe = packed([[document] for document in documents], tokenizer, _ROW)
+    probe = packed([[document_of("the tide runs out and the tide comes in " * 19)]], tokenizer, _ROW)
     results = Decoder(model, tokenizer).generate(PROMPTS, limits=Limits(24))
     texts = [StoredText(list(p), list(r.blocks), r.finish, 24, None) for p, r in zip(PROMPTS, results, strict=True)]
     shutil.rmtree(folder / "run", ignore_errors=True)

@@ -23,8 +23,8 @@ def used_parameters(job: Job) -> int:
     return sum(p.numel() for p in built.parameters()) - unused * model.width
 
 
-def test_there_are_both_sets() -> None:
-    assert {path.parent.name for path in SPECS} == {"small", "full"}
+def test_there_are_all_sets() -> None:
+    assert {path.parent.name for path in SPECS} == {"small", "medium", "full"}
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -37,6 +37,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"char_positions": "forward", "handoff": True, "places": False, "draft_layers": 1},
 ]
 # All settings meet greedily; drawn texts, and what takes long, are left to `make test`.
+# Of each kind of position, and with and without handoff; the others are left to the slow tests.
+NUMBERS = [pytest.param(n, marks=() if n in (1, 3) else pytest.mark.slow) for n in range(len(SETTINGS))]
 TEMPERATURES = [0.0, pytest.param(0.8, marks=pytest.mark.slow)]
 
 
@@ -71,7 +73,7 @@ def compared(
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("number", range(len(SETTINGS)))
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_draft_changes_the_passes_and_nothing_else(number: int, temperature: float) -> None:
     model = lively_model(number, **SETTINGS[number])
     prompts = [*PROMPTS, "12 + 34 = 46; 12 +"]
@@ -82,7 +84,7 @@ def test_a_draft_changes_the_passes_and_nothing_else(number: int, temperature: f
     assert generations_of(model, requests, batch_size=1, draft=ByModel()) == plain
 
 
-@pytest.mark.parametrize("number", range(len(SETTINGS)))
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_head_that_agrees_has_all_its_chars_accepted(number: int) -> None:
     """Then a block takes two passes: one for its first char, one that checks the rest."""
     model = agreeing_model(number, **SETTINGS[number])
@@ -95,7 +97,7 @@ def test_a_head_that_agrees_has_all_its_chars_accepted(number: int) -> None:
     assert any(g.drafted for g in drafted)
 
 
-@pytest.mark.parametrize("number", range(len(SETTINGS)))
+@pytest.mark.parametrize("number", NUMBERS)
 def test_the_head_says_what_a_model_of_its_layers_says(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, said = lively_model(number, **SETTINGS[number]), []
     make_pass = Drafting._pass

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from data_pipeline.errors import BadShardError, CorpusError
+from data_pipeline.layout import IGNORED
 from data_pipeline.ledger import SourceUse
 from data_pipeline.quarantine import LeftOutRows, QuarantineRecord
 from data_pipeline.shards import DataConfig, Manifest
+from data_pipeline.stream import Batch, fixed_batches
 from tests.mixed_shards import SUMS, TIDES, prepare_mixed
 from tidal_dist.config import Config
 from tidal_dist.errors import CheckpointError, ShardError, UserError
@@ -47,6 +49,20 @@ def changed(config: Config, folder: Path, **data: Any) -> Config:
     """The configuration with other data settings, and its run in `folder`."""
     sections = config.model_dump()
     return Config.model_validate(sections | {"run_dir": str(folder), "data": sections["data"] | data})
+
+
+def test_the_probe_is_the_row_with_most_to_say(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first rows, one; a row may be all prompt."""
+    _, data = opened(config)
+    assert len(data.probe.labels) == 1
+
+    def without_labels(reader: Any, most: int, size: int, share: tuple[int, int]) -> list[Batch]:
+        batches = fixed_batches(reader, most, size, share)
+        batches[0].labels.fill_(IGNORED)
+        return batches
+
+    monkeypatch.setattr("tidal_dist.training.data.fixed_batches", without_labels)
+    assert opened(config)[1].probe.label_count() > 0
 
 
 def write_state(config: Config, quarantine: dict[str, int] | None = None, step: int = STEP) -> Path:

@@ -15,7 +15,7 @@ from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.config import Config
 from tidal_dist.training.validation import Task, generation_tasks, pictured_document
 
-_PROBE_ROWS = 4
+_PROBE_CANDIDATES = 4  # rows; one is enough, and it may be a CPU that has to repeat its loss
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RunData:
     Attributes:
         stream: the training rows, from the first on. reader: reads any of them. start: the rolling hash before them.
         validation: this rank's held-out batches. pictured: a held-out document to draw, if there is one.
-        probe: a batch whose loss is stored with the weights. tasks: held-out documents to continue.
+        probe: a row whose loss is stored with the weights. tasks: held-out documents to continue.
         shard_names: of the training split, in order.
     """
 
@@ -72,7 +72,7 @@ def open_data(
         start=start_hash(manifest, reader.shard_rows, data),
         validation=batches,
         pictured=pictured_document(held_out, tokenizer, config.model.char_positions) if batches else None,
-        probe=fixed_batches(probe_source, _PROBE_ROWS, _PROBE_ROWS, (0, 1))[0],
+        probe=max(fixed_batches(probe_source, _PROBE_CANDIDATES, 1, (0, 1)), key=Batch.label_count),
         tasks=generation_tasks(manifest, config.validation),
         shard_names=[entry["name"] for entry in manifest.shards(SPLIT)],
     )
