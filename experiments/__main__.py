@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--incomplete", action="store_true", help="also where results are missing, and say so there")
     report.add_argument("--docs", type=Path, default=_HERE.parent / "docs", metavar="FOLDER", help="default: docs")
     for sub in (run, report):
-        sub.add_argument("set", metavar="SET", help="a folder of experiments: small, full")
+        sub.add_argument("set", metavar="SET", help="a folder of experiments: small, medium, full")
         sub.add_argument("--sets", type=Path, default=_HERE, metavar="FOLDER", help="where sets are; default: ours")
         sub.add_argument("--runs", type=Path, default=Path("runs/experiments"), metavar="FOLDER", help="%(default)s")
     return root

@@ -30,8 +30,8 @@ from tidal_dist.export.package import model_of_weights
 from tidal_dist.flops import row_flops
 from tidal_dist.model.likelihood import bits_per_byte, exactly_predicted
 from tidal_dist.model.transformer import TidalTransformer
+from tidal_dist.rows import row_format
 from tidal_dist.training import checkpoint as ckpt
-from tidal_dist.training.data import row_format
 
 Document = tuple[str, str]  # (prompt, answer); a text has no prompt
 _BATCH_SLOTS = 16_384

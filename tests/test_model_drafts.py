@@ -36,8 +36,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"encoding": "none", "char_layers": 2, "handoff": False, "token_attention": "causal", "draft_layers": 1},
     {"char_positions": "forward", "handoff": True, "places": False, "draft_layers": 1},
 ]
-# All settings meet greedily; drawn texts, and what takes long, are left to `make test`.
-# Of each kind of position, and with and without handoff; the others are left to the slow tests.
+# Two settings greedily, one without handoff among the chars' own; the others, and drawn texts, are left to `make test`.
 NUMBERS = [pytest.param(n, marks=() if n in (1, 3) else pytest.mark.slow) for n in range(len(SETTINGS))]
 TEMPERATURES = [0.0, pytest.param(0.8, marks=pytest.mark.slow)]
 

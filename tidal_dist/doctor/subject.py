@@ -18,8 +18,8 @@ from tidal_dist.export import package
 from tidal_dist.export.consolidate import check_is_no_baseline, consolidated_weights, find_checkpoint
 from tidal_dist.model.transformer import TidalTransformer
 from tidal_dist.provenance import Provenance, load_probe
+from tidal_dist.rows import row_format
 from tidal_dist.training import checkpoint as ckpt
-from tidal_dist.training.data import row_format
 
 # The weights as read, as generation uses them, in float64 and with gradients; and what passes need beside them.
 _COPIES_IN_MEMORY = 1 + 1 + 2 + 2

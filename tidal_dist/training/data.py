@@ -7,12 +7,13 @@ from data_pipeline.errors import BadShardError, ShardError, UserError
 from data_pipeline.layout import LaidOut
 from data_pipeline.ledger import SourceUse
 from data_pipeline.quarantine import QuarantineRecord
-from data_pipeline.rows import RowFormat, RowReader, row_format_of
+from data_pipeline.rows import RowReader
 from data_pipeline.run_order import SPLIT, run_order, start_hash
 from data_pipeline.shards import DataConfig, Manifest
 from data_pipeline.stream import Batch, Loading, Share, Stream, fixed_batches
 from data_pipeline.tokenizer import MixedTokenizer
 from tidal_dist.config import Config
+from tidal_dist.rows import row_format
 from tidal_dist.training.validation import Task, generation_tasks, pictured_document
 
 _PROBE_CANDIDATES = 4  # rows; one is enough, and it may be a CPU that has to repeat its loss
@@ -76,12 +77,6 @@ def open_data(
         tasks=generation_tasks(manifest, config.validation),
         shard_names=[entry["name"] for entry in manifest.shards(SPLIT)],
     )
-
-
-def row_format(config: Config) -> RowFormat:
-    """The rows of a configuration as its model takes them, with places that are not shifted."""
-    model = config.model
-    return row_format_of(config.data, model.char_positions, writes=model.writes, char_order=model.char_order)
 
 
 def _reader(config: Config, manifest: Manifest, tokenizer: MixedTokenizer, split: str, world: int) -> RowReader:
