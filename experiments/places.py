@@ -16,7 +16,7 @@ from pathlib import Path
 from experiments.spec import Job
 
 JOB, CONFIG, RUN, LOG, RESULT, DATA = "job.json", "config.yaml", "run", "log.txt", "result.json", "data.json"
-CORPUS = "corpus"
+CORPUS, TRAIN, HELD_OUT, TESTS = "corpus", "train.jsonl", "held-out.jsonl", "tests"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from data_pipeline.preparing.locks import exclusive
-from experiments.places import CONFIG, CORPUS, DATA, LOG, RUN, Places
+from experiments.places import CONFIG, CORPUS, DATA, HELD_OUT, LOG, RUN, TRAIN, Places
 from experiments.processes import Process, stop_all, wait_a_little, work_command
 from experiments.results import Key, Result, standing, write_job
 from experiments.sources import commit
@@ -192,7 +192,7 @@ class _Runner:
 
 def _config(planned: Planned) -> Config:
     """The configuration of a job's run, with its files."""
-    from experiments.tasks.writing import HELD_OUT, TRAIN, VALIDATION_FRACTION
+    from experiments.tasks import VALIDATION_FRACTION
 
     config, corpus = planned.job.config, planned.data / CORPUS
     files = [{"path": str(corpus / name), "format": "jsonl"} for name in (TRAIN, HELD_OUT)]

@@ -18,14 +18,14 @@ from typing import Any, get_args
 
 from data_pipeline.errors import one_line
 from data_pipeline.files import replace_file
-from experiments.places import CONFIG, CORPUS, DATA, RUN
+from experiments.places import CONFIG, CORPUS, DATA, RUN, TESTS, TRAIN
 from experiments.results import Curve, JobFile, Key, Result, as_bytes, read_job, write_result
 from experiments.spec import Metric
+from tidal_dist import launching
 from tidal_dist.config import load_config
 from tidal_dist.errors import UserError
 from tidal_dist.history.events import read_events
 from tidal_dist.history.scalars import curve, read_scalars
-from tidal_dist.launching import TRAIN
 from tidal_dist.training.commit import complete_checkpoints
 
 
@@ -61,11 +61,10 @@ def prepare_data(folder: Path) -> None:
     from data_pipeline.prepare import prepare
     from data_pipeline.rows import read_row_plan, row_format_of
     from experiments.tasks import TASKS
-    from experiments.tasks.writing import TRAIN as SAMPLES
 
     job, config = read_job(folder), load_config(folder / CONFIG)
     target = Path(job.data)
-    if not (target / CORPUS / SAMPLES).exists():
+    if not (target / CORPUS / TRAIN).exists():
         TASKS[job.task].write(target / CORPUS, job.options, job.seed)
     manifest = prepare(
         config.corpus,
@@ -76,7 +75,7 @@ def prepare_data(folder: Path) -> None:
         overwrite=True,  # of an earlier start that was killed before it said so in data.json
         engine=config.prepare,
     )
-    lines = (target / CORPUS / SAMPLES).read_bytes().splitlines()
+    lines = (target / CORPUS / TRAIN).read_bytes().splitlines()
     content = {
         "documents": sum(shard["documents"] for shard in manifest.shards("train")),
         "rows": sum(plan["rows"] for plan in read_row_plan(manifest, row_format_of(config.data))["train"]),
@@ -93,7 +92,6 @@ def do_job(folder: Path) -> None:
     """
     from experiments.evaluate import evaluate, open_trained
     from experiments.samples import samples
-    from experiments.tasks.writing import TESTS
     from tidal_dist.bench.machine import describe_machine
 
     job, started = read_job(folder), time.time()
@@ -119,7 +117,7 @@ def _train(folder: Path) -> None:
     run = folder / RUN
     if _has_finished(run):
         return
-    command = [sys.executable, str(TRAIN), "--config", str(folder / CONFIG)]
+    command = [sys.executable, str(launching.TRAIN), "--config", str(folder / CONFIG)]
     if complete_checkpoints(run / "checkpoints"):
         command.append("--resume")
     # A signal to stop goes to the whole group: the training saves a checkpoint, and this process waits for it.

@@ -37,5 +37,5 @@ if __name__ == "__main__":
         sys.path[0] = str(TRAIN.parent)
         runpy.run_path(str(TRAIN), run_name="__main__")
     else:
-        work.TRAIN = Path(__file__)
+        work.launching.TRAIN = Path(__file__)
         sys.exit(experimenting.main(*sys.argv[1:]))

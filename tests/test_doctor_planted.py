@@ -35,7 +35,7 @@ from tidal_dist.doctor.sizes import Sizes
 from tidal_dist.doctor.subject import Subject, load_subject
 from tidal_dist.export import package
 from tidal_dist.export.package import load_export
-from tidal_dist.generation import engine, sampling, sequence, utf8
+from tidal_dist.generation import passes, sampling, sequence, utf8
 from tidal_dist.generation.cache import Cache
 from tidal_dist.model import positions, scores, transformer
 from tidal_dist.model.transformer import TidalTransformer
@@ -105,7 +105,7 @@ class Scene:
 
     def on_chars_at_decoding(self, change: Callable[[Slots], Slots]) -> None:
         """Change the char slots of decoding."""
-        self.around(engine, "char_slots", lambda original, *a: change(original(*a)))
+        self.around(passes, "char_slots", lambda original, *a: change(original(*a)))
 
     def on_visible(self, visible: Callable[[Slots, Slots], Any], query: str, key: str) -> None:
         """Another rule of who sees whom for queries and keys of these streams, within a document."""
@@ -182,7 +182,7 @@ def _moved(slots: Slots, name: str, by: int) -> Slots:
 
 
 def forward_at_decoding(scene: Scene) -> None:
-    scene.around(engine, "char_slots", lambda original, *a: original(*a[:-1], "forward"))
+    scene.around(passes, "char_slots", lambda original, *a: original(*a[:-1], "forward"))
 
 
 def by_characters(data: bytes) -> bytes:

@@ -15,6 +15,7 @@ from data_pipeline.tokenizer import OUTPUT_VOCABULARY
 from tests.builders import document_of, packed, small_model
 from tests.exporting import write_export_of
 from tests.launching import tidal_error, tidal_here
+from tests.serving import HTTP, MODEL, client_of, server_here
 from tests.test_draft_head import as_model_of_its_own
 from tests.test_engine import Dictated, generations_of
 from tests.test_generation import PROMPTS, TOKENIZER, UNSEEN, blocks_of, lively_model
@@ -239,6 +240,22 @@ def test_the_library_and_the_command_draft(drafting_export: Path, small_export: 
         assert "no draft head" in tidal_error(command, small_export, *more, "--draft", "model")
     with pytest.raises(UserError, match="no draft head"):
         tidal_dist.load(small_export, device="cpu").stream("12", draft="model")
+
+
+def test_a_server_drafts_and_says_how_often_it_was_right() -> None:
+    model, asked = agreeing_model(1, **SETTINGS[1]), {"model": MODEL, "prompt": PROMPTS, "max_tokens": 20}
+    plain = generations_of(model, [*requests_of(PROMPTS, Request("", limits=Limits(20)))])
+    with server_here(lambda: Engine(model, TOKENIZER, batch_size=4, draft=ByModel()), TOKENIZER) as (url, _):
+        answer = client_of(url).completions.create(**asked, temperature=0)
+        lines = HTTP.get(f"{url}/metrics").text.splitlines()
+    assert [choice.text for choice in answer.choices] == [g.text for g in plain]
+    drafted, accepted = (
+        float(line.split()[1])
+        for name in ("drafted", "accepted")
+        for line in lines
+        if line.startswith(f"tidal_{name}_chars_total ")
+    )
+    assert drafted == accepted > 0
 
 
 def test_the_bench_says_what_the_head_saves_at_most() -> None:

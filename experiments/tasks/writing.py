@@ -19,14 +19,11 @@ from data_pipeline.documents import Document
 from data_pipeline.files import whole_file
 from data_pipeline.preparing.sampling import is_validation
 from data_pipeline.section import Section
+from experiments.places import HELD_OUT, TESTS, TRAIN
 from tidal_dist.config import parse_section
 
 VALIDATION_FRACTION = 0.02
 _ONE_IN = 10  # problems, words or files is kept for tests
-
-TRAIN = "train.jsonl"
-HELD_OUT = "held-out.jsonl"
-TESTS = "tests"
 
 Sample = dict[str, str]
 OptionsT = TypeVar("OptionsT", bound=Section)

@@ -21,6 +21,8 @@ class Metrics:
         self.bytes = Counter("tidal_generated_bytes", "Bytes written, end marks left out", registry=self.registry)
         self.passes = Counter("tidal_passes", "Passes of the model", registry=self.registry)
         self.failed_passes = Counter("tidal_failed_passes", "Passes of the model that failed", registry=self.registry)
+        self.drafted = Counter("tidal_drafted_chars", "Chars drafted in finished texts", registry=self.registry)
+        self.accepted = Counter("tidal_accepted_chars", "Those of them that were kept", registry=self.registry)
         self.queue_seconds = self._histogram("tidal_queue_seconds", "From a text's acceptance to its first pass")
         self.first_byte_seconds = self._histogram(
             "tidal_first_byte_seconds", "From a text's acceptance to its first byte"

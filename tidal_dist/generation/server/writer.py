@@ -226,6 +226,8 @@ class Writer:
             if job.done:
                 del stream.jobs[index]
                 finish: str = job.generation.finish
+                self._metrics.drafted.inc(job.generation.drafted)
+                self._metrics.accepted.inc(job.generation.accepted)
                 if finish == "cancelled" and stream.cancelled_for:
                     finish = stream.cancelled_for
                 self._outbox.append((stream, index, Finished(job.generation, finish)))
