@@ -4,8 +4,8 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 # A process on each core, with one thread, since most tests are too small for more.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
-# One more than two cores, since some tests wait. Each file in one process, in this order: what takes long comes first.
-SLOW := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m slow \
+# Twice as many as two cores, since launches mostly wait. Each file in one process, in this order: what takes long comes first.
+SLOW := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m slow \
 	tests/distributed tests/hosts tests
 
 # So that modules and tests are compiled once, and not by each of the hundreds of processes that tests start.
