@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-# A process on each core, with one thread, since most tests are too small for more.
-FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+# A process on each core, with one thread, since most tests are too small for more. All of the two folders is slow.
+FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --ignore tests/distributed --ignore tests/hosts
 # Twice as many as two cores, since launches mostly wait. Each file in one process, in this order: what takes long comes first.
 SLOW := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m slow \
 	tests/distributed tests/hosts tests

@@ -233,3 +233,11 @@ def test_an_init_file_only_says_what_the_package_is(module: str) -> None:
         assert isinstance(node, ast.Import | ast.ImportFrom | ast.Assign), ast.unparse(node)
         if isinstance(node, ast.Assign):
             assert ast.unparse(node.targets[0]) in ("__all__", "__version__")
+
+
+@pytest.mark.parametrize("folder", ["distributed", "hosts"])
+def test_all_tests_that_start_launchers_are_slow(folder: str) -> None:
+    """`make check` does not even import them."""
+    found = {path.name: path.read_text() for path in (ROOT / "tests" / folder).glob("test_*.py")}
+    assert found
+    assert [name for name, text in found.items() if "pytestmark = " not in text or "pytest.mark.slow" not in text] == []
