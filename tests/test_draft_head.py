@@ -1,18 +1,16 @@
 """A draft head: its layers say of the chars what a model whose chars pass no others would say, and training it changes
 neither what the model is nor the loss that is reported."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.layout import IGNORED
 from data_pipeline.stream import Batch
 from tests.builders import packed, small_model
 from tests.test_baselines import PLAIN
-from tests.test_oracle import ROWS, SHAPES, TOKENIZER
+from tests.test_oracle import ROWS, SHAPES, TOKENIZER, check_activation_checkpointing
 from tidal_dist.config import ModelConfig
 from tidal_dist.doctor import oracle
 from tidal_dist.model import groups, split
@@ -126,23 +124,7 @@ def test_every_module_is_called_once_in_a_training_pass() -> None:
 @pytest.mark.parametrize("every", [1, 2])
 def test_activation_checkpointing_changes_no_digit(every: int) -> None:
     model = small_model(TOKENIZER, char_layers=2, draft_layers=1)
-    plain, _ = taught(model, "chunked")
-    plain.backward()
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
-    model.zero_grad()
-    calls = []
-
-    def counted(function: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        calls.append(x.shape)
-        return checkpoint(function, x, use_reentrant=True)
-
-    model.checkpoint, model.checkpoint_every_layers = counted, every
-    checkpointed, _ = taught(model, "chunked")
-    checkpointed.backward()
-    assert len(calls) == len(range(0, 3, every))
-    assert torch.equal(plain, checkpointed)
-    for n, p in model.named_parameters():
-        assert torch.equal(gradients[n], p.grad), n
+    check_activation_checkpointing(model, lambda model: taught(model, "chunked")[0], every)
 
 
 def test_without_labels_nothing_is_drafted() -> None:
